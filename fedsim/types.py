@@ -1,0 +1,73 @@
+"""The nouns every other module speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]  # flat and named, never positional: state, update, mask, wire
+
+NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Order:
+    """Server -> clients: one message of one round, the same for every client that gets it.
+
+    Attributes:
+        round: 1-based; a strategy's set-up rounds have numbers <= 0.
+        task: what the client does: ``train`` (local training), ``statistics`` (forward passes in training
+            mode, parameters unchanged) or ``score`` (loss in evaluation mode, nothing changed).
+        shared: theta_t, the part of the model that is averaged.
+        extra: whatever else the client half of the algorithm needs (masks, the previous global delta, ...).
+        scalars: rates and switches.
+        fold: the server needs only the weighted mean of the replies, so a worker may send partial sums.
+        weighting: ``examples`` (n_k / n, McMahan et al. 2017) or ``uniform`` (1 / K).
+    """
+
+    round: int
+    shared: Tensors
+    task: str = "train"
+    extra: Tensors = field(default_factory=dict)
+    scalars: Mapping[str, float] = NOTHING
+    fold: bool = True
+    weighting: str = "examples"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Client -> server. ``report`` is what the plug-ins tell the server: small, never a model."""
+
+    client: int
+    examples: int
+    shared: Tensors
+    report: Tensors = field(default_factory=dict)
+    metrics: Mapping[str, float] = NOTHING
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What stays on a client between rounds: its private model tensors and its plug-ins' memory."""
+
+    private: Tensors = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a plug-in may read inside a local step; the same object for loop and vmap.
+
+    Attributes:
+        order: the order being carried out (the same tensors for every client of a block).
+        memory: this client's persisted plug-in memory.
+        lr: the local learning rate of this round's schedule, before any plug-in adapts it.
+        aux: what the model returned beside its logits (an adapter's matching loss, ...).
+    """
+
+    order: Order
+    memory: Tensors
+    lr: float = 0.0
+    aux: Tensors = field(default_factory=dict)
