@@ -19,9 +19,6 @@ class Plugin:
     each client ``start``, for each step ``loss`` and ``update``, and ``finish``.
     """
 
-    name = ""
-    """Prefix of this plug-in's entries in a client's memory; two plug-ins of a client never share one."""
-
     def prepare(self, model: nn.Module) -> nn.Module:
         """Model surgery, before any weight is sent: strip layers, swap layers, add adapters, freeze."""
         return model
@@ -50,5 +47,5 @@ class Plugin:
         return params
 
     def finish(self, params: Tensors, state: Tensors, view: View) -> tuple[Tensors, Tensors]:
-        """(report to the server, memory to keep): both small, both tensors by name."""
+        """(report to the server, memory to keep): both small, both tensors by name, the names the plug-in's own."""
         return {}, {}

@@ -1,0 +1,136 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedsim.config import Config
+from fedsim.data import Dataset, Partition, from_config, hold_out
+from fedsim.engine import Federation, block_size
+from fedsim.errors import ConfigError
+from fedsim.local import ClientTask
+from fedsim.models import build_model
+from fedsim.optim import SGD, Adam, Optimizer
+from fedsim.pool import InProcess, Pool
+from fedsim.random import torch_generator
+from fedsim.registry import Part, plugins_of, resolve, server_of
+from fedsim.store import ClientStore
+from fedsim.strategy import Strategy
+from fedsim.worker import WorkerSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration made concrete: nothing trained, no worker started.
+
+    Attributes:
+        config: with every choice written out (axes, options, executor, block).
+        validation: held-out examples of each client, or None.
+    """
+
+    config: Config
+    parts: dict[str, Part]
+    task: ClientTask
+    dataset: Dataset
+    shards: Partition
+    validation: Partition | None
+    strategy: Strategy
+    cohort: int
+
+
+def optimizer_of(config: Config) -> Optimizer:
+    training = config.training
+    if training.optimizer == "adam":
+        return Adam(training.weight_decay)
+    return SGD(training.momentum, training.weight_decay)
+
+
+def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[int, ...]) -> ClientTask:
+    """Model skeleton with its initial weights (a function of the seed), plug-ins applied."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_generator(config.seed, purpose="model").initial_seed())
+        model = build_model(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
+        return ClientTask(model, plugins_of(parts), optimizer_of(config))
+
+
+def choose_executor(task: ClientTask, device: str) -> str:
+    """The executor of ``auto``: a function of the model and the device alone, so that it is the same tomorrow.
+
+    vmap pays where a step is all overhead: models without convolutions on a CPU (grouped convolutions are slow there),
+    anything up to some millions of parameters on a GPU.
+    """
+    size = sum(p.numel() for p in task.model.parameters())
+    convolutional = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in task.model.modules())
+    if device != "cpu":
+        return "vmap" if size <= 5_000_000 else "loop"
+    return "vmap" if not convolutional and size <= 1_000_000 else "loop"
+
+
+def plan(config: Config) -> Plan:
+    """Resolve names, load data, cut shards, build the model and both halves of the algorithm.
+
+    Raises:
+        ConfigError, DataError: with what to mend.
+    """
+    config, parts = resolve(config)
+    dataset, shards = from_config(config)
+    validation = None
+    if config.federation.validation:
+        shards, validation = hold_out(shards, dataset, config.federation.validation, config.seed)
+    task = task_of(config, parts, len(dataset.classes), dataset.shape)
+    clients = len(shards)
+    wanted = config.federation.clients_per_round
+    if wanted > clients:
+        raise ConfigError(f"federation.clients-per-round = {wanted}: the federation has {clients} clients")
+    cohort = wanted or max(1, math.ceil(config.federation.participation * clients - 1e-9))
+    device = "cuda" if config.simulation.gpus_per_worker else "cpu"
+    executor = config.simulation.executor
+    executor = choose_executor(task, device) if executor == "auto" else executor
+    block = config.simulation.block or block_size(executor, cohort)
+    simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
+    config = config.model_copy(update={"simulation": simulation})
+    return Plan(config, parts, task, dataset, shards, validation, server_of(parts, task, config), cohort)
+
+
+def pool_of(spec: WorkerSpec, config: Config) -> Pool:
+    simulation = config.simulation
+    if not simulation.workers:
+        return InProcess(spec)
+    from fedsim.ray_pool import RayPool  # starting Ray takes seconds: only runs that use it pay
+
+    return RayPool(
+        spec,
+        simulation.workers,
+        gpus=simulation.gpus_per_worker,
+        address=simulation.address,
+        retries=simulation.retries,
+    )
+
+
+def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Federation:
+    """Start the workers and put the federation on them."""
+    config = plan.config
+    spec = WorkerSpec(
+        task=plan.task,
+        dataset=plan.dataset,
+        shards=plan.shards,
+        training=config.training,
+        seed=config.seed,
+        rounds=config.rounds,
+        executor=config.simulation.executor,
+        evaluation_batch=config.evaluation.batch_size,
+        device="cuda" if config.simulation.gpus_per_worker else "cpu",
+        debug=debug,
+    )
+    validation = None if plan.validation is None else [plan.validation[c] for c in range(len(plan.validation))]
+    return Federation(
+        spec,
+        pool_of(spec, config),
+        store,
+        cohort=plan.cohort,
+        block=config.simulation.block,
+        validation=validation,
+    )

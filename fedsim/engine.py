@@ -1,0 +1,139 @@
+"""The simulated federation: samples clients, cuts the cohort into blocks, maps blocks over workers, folds.
+
+Knows no algorithm. The result of a round depends on the configuration and the seed alone, not on the number of
+workers nor on which of them finished first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from fedsim.pool import Pool, WorkerLost
+from fedsim.random import generator
+from fedsim.store import ClientStore
+from fedsim.strategy import Replies
+from fedsim.types import ClientState, Order, Tensors
+from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
+
+
+def block_size(executor: str, cohort: int) -> int:
+    """The default block: vmap wants many clients at once, the loop enough blocks to keep the workers busy."""
+    return min(cohort, 256) if executor == "vmap" else math.ceil(cohort / 16)
+
+
+class Federation:
+    """Clients' data and private state, and the pool that trains them.
+
+    Args:
+        spec: what the workers were built from.
+        cohort: clients sampled in a round.
+        block: clients of a block (the unit of scheduling, of vectorisation and of partial sums).
+        validation: held-out training examples of each client, if any.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        pool: Pool,
+        store: ClientStore,
+        *,
+        cohort: int,
+        block: int,
+        validation: Sequence[np.ndarray] | None = None,
+    ):
+        self.spec, self.pool, self.store = spec, pool, store
+        self.cohort, self.block = cohort, block
+        self.validation = validation
+        self.shared, self.private = spec.task.initial()
+        self.failures: list[Failure] = []
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self.spec.shards)
+
+    def sample(self, round: int) -> list[int]:
+        """The clients of a round, ascending."""
+        if self.cohort >= len(self):
+            return list(range(len(self)))
+        draw = generator(self.spec.seed, round=round, purpose="sample")
+        return sorted(draw.choice(len(self), self.cohort, replace=False).tolist())
+
+    def state(self, client: int) -> ClientState:
+        """A client's private state; one that was never trained has the initial private tensors."""
+        return self.store.get(client) or ClientState(self.private, {})
+
+    def train(self, order: Order, clients: Sequence[int]) -> Replies:
+        """Carry out an order. ``self.failures`` then holds the clients whose updates are not used."""
+        results = self.train_blocks(order, clients)
+        replies = [reply for result in results for reply in result.replies]
+        partials = [result.partial for result in results if result.partial is not None]
+        return Replies(replies, partials, order.weighting)
+
+    def train_blocks(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
+        """The results in block order; the clients' new private states are stored."""
+        clients = sorted(clients)
+        blocks = [clients[i : i + self.block] for i in range(0, len(clients), self.block)]
+        calls = [(block, [self.state(c) for c in block]) for block in blocks]
+        results: list[BlockResult] = [BlockResult() for _ in blocks]
+        self.failures = []
+        for number, result in self.pool.map("train", order, calls):
+            if isinstance(result, WorkerLost):
+                lost = [Failure(c, "worker", str(result)) for c in blocks[number]]
+                result = BlockResult(failures=lost)
+            results[number] = result
+        for result in results:
+            self.dropped += result.dropped
+            self.failures += result.failures
+            for client, state in result.states.items():
+                self.store.put(client, order.round, state)
+        return results
+
+    def evaluate(self, shared: Tensors, split: str = "test") -> list[Score]:
+        """Every distinct (model, domain) once.
+
+        Without private tensors there is one model: it is scored on each domain (client -1). With them every
+        client's own model is scored on the test split of each domain it holds data of. ``validation`` scores each
+        client on its held-out examples.
+        """
+        jobs = list(self._jobs(split))
+        chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
+        results: list[list[Score]] = [[] for _ in chunks]
+        for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
+            if isinstance(result, WorkerLost):
+                raise RuntimeError(f"evaluation failed: {result}")
+            results[number] = result
+        return [score for result in results for score in result]
+
+    def _jobs(self, split: str) -> Iterable[EvaluationJob]:
+        dataset, shards = self.spec.dataset, self.spec.shards
+        if split == "validation":
+            if self.validation is None:
+                return
+            for client, indices in enumerate(self.validation):
+                if len(indices):
+                    private = self.state(client).private
+                    yield EvaluationJob(client, self.domains(client)[0], split, indices, private)
+        elif not self.private:
+            for domain in shards.domains:
+                yield EvaluationJob(-1, domain, split, dataset.slice(domain, "test"))
+        else:
+            for client in range(len(shards)):
+                for domain in self.domains(client):
+                    private = self.state(client).private
+                    yield EvaluationJob(client, domain, split, dataset.slice(domain, "test"), private)
+
+    def domains(self, client: int) -> list[str]:
+        """Names of the domains a client holds examples of."""
+        shards = self.spec.shards
+        if shards.domain[client] >= 0:
+            return [shards.domains[shards.domain[client]]]
+        present = np.unique(self.spec.dataset.domain_train[shards[client]])
+        return [self.spec.dataset.domains[d] for d in present]
+
+
+def _chunks(jobs: list[EvaluationJob], count: int) -> list[list[EvaluationJob]]:
+    size = math.ceil(len(jobs) / count)
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]

@@ -1,0 +1,188 @@
+"""One client's local work, closed over a model skeleton and the plug-ins, and the loop that runs it client by client.
+
+``ClientTask`` says what happens at a step; executors (this loop, ``fedsim.vectorized``) say how it is mapped over
+the clients of a block. Both yield ``Outcome`` objects in client order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsim.models.norm import classify
+from fedsim.optim import Optimizer
+from fedsim.plugin import Plugin
+from fedsim.types import ClientState, Order, Tensors, View
+
+Fetch = Callable[[np.ndarray, int], tuple[Tensor, Tensor]]  # (indices, step) -> inputs, labels
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one client does for one order: its private state and the examples of each step."""
+
+    client: int
+    state: ClientState
+    plan: Sequence[np.ndarray]
+    fetch: Fetch
+
+
+@dataclass
+class Outcome:
+    """What one client ends with. Tensors may be buffers of the executor: use them before asking for the next."""
+
+    client: int
+    shared: Tensors
+    state: ClientState
+    report: Tensors
+    loss: float  # summed over the examples seen
+    correct: float
+    seen: int
+
+
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Number of correct predictions; for sequences, the mean over positions of each example."""
+    return (logits.argmax(-1) == y).reshape(len(y), -1).float().mean(1).sum()
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """Model skeleton, plug-ins and optimizer: everything of the local work but data and state.
+
+    Attributes:
+        trainable: names of the parameters that local training changes, in the model's order.
+        private: names that never leave the client.
+        frozen: parameters that need no gradient: constants of the skeleton, never sent, averaged or stacked.
+        kinds: every ``state_dict`` name -> weight, affine, stats, counter or buffer.
+    """
+
+    model: nn.Module
+    plugins: tuple[Plugin, ...]
+    optimizer: Optimizer
+    trainable: tuple[str, ...] = field(init=False)
+    private: frozenset[str] = field(init=False)
+    frozen: frozenset[str] = field(init=False)
+    kinds: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        model = self.model
+        for plugin in self.plugins:
+            model = plugin.prepare(model)
+        parameters = dict(model.named_parameters())
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen dataclass)
+        put("model", model.train())
+        put("trainable", tuple(n for n, p in parameters.items() if p.requires_grad))
+        put("frozen", frozenset(n for n, p in parameters.items() if not p.requires_grad))
+        put("private", frozenset().union(*(p.private(model) for p in self.plugins)) - self.frozen)
+        put("kinds", classify(model))
+
+    def initial(self) -> tuple[Tensors, Tensors]:
+        """(shared, private) tensors of the skeleton as it was initialised."""
+        state = {n: v.detach().clone() for n, v in self.model.state_dict().items() if n not in self.frozen}
+        shared = {n: v for n, v in state.items() if n not in self.private}
+        return shared, {n: v for n, v in state.items() if n in self.private}
+
+    @property
+    def smallest_batch(self) -> int:
+        """BatchNorm over vectors refuses a training batch of one example, and over images learns nothing from it."""
+        norms = (nn.modules.batchnorm._BatchNorm,)
+        return 2 if any(isinstance(m, norms) and m.training for m in self.model.modules()) else 1
+
+    def begin(self, order: Order) -> None:
+        self.model.train(order.task != "score")
+        for plugin in self.plugins:
+            plugin.begin(self.model, order)
+
+    def objective(
+        self, output: Tensor | tuple[Tensor, Tensors], y: Tensor, params: Tensors, order: Order, memory: Tensors
+    ) -> tuple[Tensor, Tensor]:
+        """(mean loss of the batch with every plug-in's term, number of correct predictions)."""
+        logits, aux = output if isinstance(output, tuple) else (output, {})
+        # [B, C], or [B, T, C] of a language model
+        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        view = View(order, memory, aux=aux)
+        for plugin in self.plugins:
+            loss = plugin.loss(loss, params, view)
+        return loss, correct(logits, y)
+
+    def transform(
+        self, grads: Tensors, states: list[Tensors], params: Tensors, view: View
+    ) -> tuple[Tensors, list[Tensors]]:
+        """Pass gradients through every plug-in in turn."""
+        after = []
+        for plugin, state in zip(self.plugins, states):
+            grads, state = plugin.update(grads, state, params, view)
+            after.append(state)
+        return grads, after
+
+    def project(self, params: Tensors, view: View) -> Tensors:
+        for plugin in self.plugins:
+            params = plugin.project(params, view)
+        return params
+
+    def finish(self, params: Tensors, states: list[Tensors], view: View) -> tuple[Tensors, Tensors]:
+        """(report, memory) of all plug-ins together, memory names prefixed with the plug-in's."""
+        report: Tensors = {}
+        memory: Tensors = dict(view.memory)
+        for plugin, state in zip(self.plugins, states):
+            told, kept = plugin.finish(params, state, view)
+            report |= told
+            memory |= kept
+        return report, memory
+
+
+def run_loop(task: ClientTask, order: Order, block: Sequence[Work], lr: float) -> Iterator[Outcome]:
+    """Client after client in the skeleton's own parameters: nothing of the model's size is allocated per client.
+
+    An outcome's tensors are the skeleton's: they hold until the next client starts.
+    """
+    task.begin(order)
+    model = task.model
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    params = {n: named[n] for n in task.trainable}
+    for work in block:
+        with torch.no_grad():
+            for name, value in {**order.shared, **work.state.private}.items():
+                named[name].copy_(value)
+        yield _train_one(task, order, work, params, lr)
+
+
+def _train_one(task: ClientTask, order: Order, work: Work, params: Tensors, lr: float) -> Outcome:
+    memory = work.state.memory
+    view = View(order, memory, lr)
+    states = [p.start(params, view) for p in task.plugins]
+    moments = task.optimizer.init(params)
+    loss_sum, hits, seen = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
+    for step, indices in enumerate(work.plan):
+        x, y = work.fetch(indices, step)
+        with torch.set_grad_enabled(order.task == "train"):
+            loss, right = task.objective(task.model(x), y, params, order, memory)
+        if order.task == "train":
+            found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            with torch.no_grad():
+                grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found)}
+                grads, states = task.transform(grads, states, params, view)
+                task.optimizer.step(params, grads, moments, lr, step)
+                for name, value in task.project(params, view).items():
+                    if value is not params[name]:
+                        params[name].copy_(value)
+        loss_sum += loss.detach() * len(y)
+        hits += right
+        seen += len(y)
+    with torch.no_grad():
+        report, memory = task.finish(params, states, view)
+    current = task.model.state_dict()
+    return Outcome(
+        client=work.client,
+        shared={n: current[n].detach() for n in order.shared},
+        state=ClientState({n: current[n].detach().clone() for n in sorted(task.private)}, memory),
+        report=report,
+        loss=float(loss_sum),
+        correct=float(hits),
+        seen=seen,
+    )

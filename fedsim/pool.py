@@ -1,0 +1,41 @@
+"""Where blocks run: in this process, or in Ray actors (``fedsim.ray_pool``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from fedsim.worker import Worker, WorkerSpec
+
+
+class WorkerLost(Exception):
+    """A call could not be finished: the worker that ran it died, as often as retries allow."""
+
+
+class Pool(Protocol):
+    retried: int
+    """Calls that were repeated because their worker died."""
+
+    def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+        """Call ``worker.method(common, *call)`` for every call; yield (number of the call, result) as they end.
+
+        ``common`` is the same for all of them and travels once. A result may be a ``WorkerLost``.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """One worker in this process: no Ray, easiest to debug, the same bits."""
+
+    def __init__(self, spec: WorkerSpec):
+        self.worker = Worker(spec)
+        self.retried = 0
+
+    def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+        for number, call in enumerate(calls):
+            yield number, getattr(self.worker, method)(common, *call)
+
+    def close(self) -> None:
+        pass

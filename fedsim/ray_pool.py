@@ -1,0 +1,133 @@
+"""Persistent Ray actors. The only module that imports Ray.
+
+The worker's specification and a round's order are put into the object store once; tensors cross as numpy arrays,
+which Ray maps into the actors without a copy. An actor that dies is replaced and its call repeated: a block is a pure
+function of its arguments, so the repetition has the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep CUDA_VISIBLE_DEVICES as it is
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from fedsim.errors import ConfigError
+from fedsim.pool import WorkerLost
+from fedsim.worker import Worker, WorkerSpec
+
+# glibc gives large blocks back to the kernel after every batch; keeping them saves a quarter of a CNN's CPU time.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def _from_numpy(array: Any) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the store's memory is read-only, and nobody writes to it
+        return torch.from_numpy(array)
+
+
+def _register_tensors() -> None:
+    ray.util.register_serializer(
+        torch.Tensor, serializer=lambda t: t.detach().cpu().numpy(), deserializer=_from_numpy
+    )
+
+
+class _Actor:
+    def __init__(self, spec: WorkerSpec):
+        _register_tensors()
+        self.worker = Worker(spec)
+
+    def call(self, method: str, common: Any, call: tuple) -> Any:
+        return getattr(self.worker, method)(common, *call)
+
+    def ready(self) -> bool:
+        return True
+
+
+class RayPool:
+    """``workers`` actors of one CPU thread each.
+
+    Args:
+        gpus: GPUs (or a fraction of one) for each actor.
+        address: of a running cluster; empty starts one on this machine, which ``close`` ends again.
+        retries: how often a call is repeated after its actor died.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or has not the CPUs or GPUs asked for.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, workers: int, *, gpus: float = 0.0, address: str = "", retries: int = 2
+    ):
+        self.retries, self.retried, self.gpus = retries, 0, gpus
+        self.owns = not ray.is_initialized()
+        if self.owns:
+            options: dict[str, Any] = {"address": address} if address else {"num_cpus": max(workers, 1)}
+            try:
+                ray.init(
+                    include_dashboard=False if not address else None,
+                    log_to_driver=False,
+                    configure_logging=True,
+                    logging_level="ERROR",
+                    **options,
+                )
+            except (ConnectionError, RayError) as error:
+                raise ConfigError(f"simulation.address = '{address}': no Ray cluster answers there: {error}") from None
+        have = ray.cluster_resources()
+        if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
+            self.close()
+            raise ConfigError(
+                f"simulation: {workers} workers with {gpus} GPUs each need {workers} CPUs and {gpus * workers:g} GPUs;"
+                f" Ray found {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers or gpus-per-worker"
+            )
+        _register_tensors()
+        self.spec = ray.put(spec)
+        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": ALLOCATOR})(
+            _Actor
+        )
+        self.actors = [self.remote.remote(self.spec) for _ in range(workers)]
+
+    def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+        shared = ray.put(common)
+        waiting = list(reversed([(number, 0) for number in range(len(calls))]))
+        idle, running = list(range(len(self.actors))), {}
+        while waiting or running:
+            while waiting and idle:
+                number, tries = waiting.pop()
+                actor = idle.pop(0)
+                reference = self.actors[actor].call.remote(method, shared, calls[number])
+                running[reference] = (actor, number, tries)
+            done, _ = ray.wait(list(running), num_returns=1)
+            actor, number, tries = running.pop(done[0])
+            try:
+                result = ray.get(done[0])
+            except RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            except RayActorError as error:
+                self.actors[actor] = self.remote.remote(self.spec)
+                if tries < self.retries:
+                    self.retried += 1
+                    waiting.append((number, tries + 1))
+                    idle.append(actor)
+                    continue
+                result = WorkerLost(f"its worker died {tries + 1} times: {str(error).splitlines()[0]}")
+            idle.append(actor)
+            yield number, result
+
+    def close(self) -> None:
+        for actor in getattr(self, "actors", []):
+            ray.kill(actor)
+        if self.owns and ray.is_initialized():
+            ray.shutdown()

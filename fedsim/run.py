@@ -1,0 +1,314 @@
+"""The round loop: order, train, aggregate, evaluate, record, checkpoint. Knows no algorithm."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim.build import Plan, federation_of, plan
+from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
+from fedsim.config import Config, load_config
+from fedsim.engine import Federation
+from fedsim.errors import ConfigError, DataError, FedsimError
+from fedsim.flops import forward_flops, training_flops
+from fedsim.results.progress import Progress
+from fedsim.results.store import MetricStore
+from fedsim.rundir import RunWriter
+from fedsim.store import ClientStore
+from fedsim.strategy import Replies
+from fedsim.types import Order, Tensors
+from fedsim.worker import Score
+
+EMPTY_ROUNDS = 3  # rounds in a row without one usable update before a run gives up
+
+
+class Interrupted(FedsimError):
+    """The run was asked to stop; its checkpoint is written."""
+
+    exit_code = 130
+
+
+@dataclass
+class Totals:
+    """Figures that grow over the run and are carried through a resume."""
+
+    examples_seen: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    train_flops: int = 0
+    rejected_updates: int = 0
+    retried_clients: int = 0
+    dropped_examples: int = 0
+    seconds: float = 0.0
+
+
+def numerics(config: Config) -> dict[str, Any]:
+    """What the bits of a run depend on beside its configuration and seed."""
+    return {
+        "executor": config.simulation.executor,
+        "block": config.simulation.block,
+        "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def tensor_bytes(tensors: Tensors) -> int:
+    return sum(v.nbytes for v in tensors.values())
+
+
+def run(config: Config, out: Path, *, debug: bool = False) -> dict[str, Any]:
+    """Simulate a federation into a new run directory; returns the summary.
+
+    Raises:
+        ConfigError, DataError: before anything is trained.
+        Interrupted: on SIGINT or SIGTERM, after the checkpoint is written.
+    """
+    planned = plan(config)
+    writer = RunWriter(out)
+    writer.write_config(planned.config)
+    return _Run(planned, writer, debug=debug).go(None)
+
+
+def resume(path: Path, *, round: int | None = None, allow_other_numerics: bool = False, debug: bool = False):
+    """Continue a run from its newest whole checkpoint (or the one of ``round``).
+
+    Raises:
+        DataError: no run there, or its checkpoint is damaged.
+        ConfigError: this process would compute other bits than the run's, and that is not allowed.
+    """
+    if not (path / "config.toml").exists():
+        raise DataError(f"{path}: no run directory (it has no config.toml)")
+    planned = plan(load_config(path / "config.toml"))
+    writer = RunWriter(path, resume=True)
+    checkpoints = Checkpoints(path / "checkpoints", planned.config.checkpoint.keep)
+    snapshot = checkpoints.newest() if round is None else checkpoints.load(round)
+    if snapshot is not None:
+        was, now = snapshot.record["numerics"], numerics(planned.config)
+        differing = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if was.get(k) != v]
+        if differing and not allow_other_numerics:
+            raise ConfigError(
+                f"{path}: the numbers would differ from an undisturbed run's: {'; '.join(differing)}"
+                " (--allow-other-numerics continues all the same)"
+            )
+    return _Run(planned, writer, debug=debug).go(snapshot, resumed=True)
+
+
+class _Run:
+    def __init__(self, planned: Plan, writer: RunWriter, *, debug: bool):
+        self.plan, self.config, self.writer = planned, planned.config, writer
+        self.strategy = planned.strategy
+        self.store = ClientStore(writer.path / "clients.sqlite")
+        self.metrics = MetricStore(writer.path / "metrics.sqlite")
+        self.checkpoints = Checkpoints(writer.path / "checkpoints", self.config.checkpoint.keep)
+        self.totals, self.stop, self.empty, self.debug = Totals(), False, 0, debug
+        self.best: dict[str, Any] = {}
+        self.latest: dict[str, Any] = {}
+        self.started = time.perf_counter()
+        self.progress = Progress(self.config.name, self.config.rounds)
+        shape = planned.dataset.shape
+        example = torch.zeros(shape) if len(shape) > 1 or planned.dataset.x_train.dtype.kind != "i" else None
+        example = torch.zeros(shape, dtype=torch.int64) if example is None else example
+        self.example_flops = training_flops(forward_flops(planned.task.model, example)[""])
+
+    def go(self, snapshot: Snapshot | None, *, resumed: bool = False) -> dict[str, Any]:
+        federation = federation_of(self.plan, self.store, debug=self.debug)
+        try:
+            with self.progress, _signals(self):
+                first, state = self._begin(federation, snapshot, resumed)
+                for round in range(first, self.config.rounds + 1):
+                    state = self._round(federation, round, state)
+                    done = round >= self.config.rounds
+                    if round >= 1 and (done or round % self.config.evaluation.every == 0):
+                        self._evaluate(federation, round, state)
+                    if done or self.stop or (round >= 1 and round % self.config.checkpoint.every == 0):
+                        self._checkpoint(federation, round, state)
+                    if self.stop and not done:
+                        self.writer.event("interrupted", round=round)
+                        where = self.writer.path
+                        raise Interrupted(f"stopped after round {round}; continue with 'fedsim resume {where}'")
+            return self._summarise(federation, state)
+        finally:
+            federation.pool.close()
+            self.store.close()
+            self.metrics.close()
+            self.writer.close()
+
+    def _begin(self, federation: Federation, snapshot: Snapshot | None, resumed: bool) -> tuple[int, Tensors]:
+        first = 1 - self.strategy.setup_rounds
+        if snapshot is None:
+            # What an earlier process recorded before its first checkpoint is done again.
+            self.store.rewind(first - 1)
+            self.metrics.rewind(first - 1)
+            if resumed:
+                self.writer.event("resumed", round=first - 1)
+            return first, self.strategy.init(federation.shared)
+        self.totals = Totals(**snapshot.record["totals"])
+        self.best, self.latest = snapshot.record["best"], snapshot.record["latest"]
+        self.started -= self.totals.seconds
+        self.store.rewind(snapshot.round)
+        self.metrics.rewind(snapshot.round)
+        self.writer.event("resumed", round=snapshot.round)
+        self.progress.note(f"resumed after round {snapshot.round}")
+        return snapshot.round + 1, snapshot.state
+
+    def _round(self, federation: Federation, round: int, state: Tensors) -> Tensors:
+        clients = federation.sample(round)
+        usable = False
+        for order in self.strategy.orders(round, state):
+            replies = federation.train(order, clients)
+            self._account(federation, order, clients, replies)
+            if replies.singles:
+                usable = True
+                state = self.strategy.aggregate(round, state, order, replies)
+        self.empty = 0 if usable else self.empty + 1
+        if self.empty >= EMPTY_ROUNDS:
+            causes = sorted({f.reason for f in federation.failures})
+            raise FedsimError(f"no usable update in {self.empty} rounds in a row: {'; '.join(causes[:3])}")
+        rows = [(round, -1, "", "", name, value, 1.0) for name, value in self.strategy.metrics(state).items()]
+        self.metrics.add(rows)
+        return state
+
+    def _account(self, federation: Federation, order: Order, clients: list[int], replies: Replies) -> None:
+        totals, round = self.totals, order.round
+        totals.bytes_down += len(clients) * (tensor_bytes(order.shared) + tensor_bytes(order.extra))
+        model = tensor_bytes(order.shared) if order.task != "score" else 0
+        totals.bytes_up += sum(model + tensor_bytes(r.report) for r in replies.singles)
+        seen = int(sum(r.metrics["seen"] for r in replies.singles))
+        totals.examples_seen += seen if order.task == "train" else 0
+        totals.train_flops += seen * self.example_flops // (1 if order.task == "train" else 3)
+        totals.retried_clients = federation.pool.retried
+        totals.dropped_examples = federation.dropped
+        for failure in federation.failures:
+            totals.rejected_updates += 1
+            self.writer.event(
+                "rejected", round=round, client=failure.client, stage=failure.stage, reason=failure.reason
+            )
+            self.progress.note(f"round {round}: client {failure.client} left out: {failure.reason}")
+        rows = []
+        for reply in replies.singles:
+            domain = federation.domains(reply.client)[0]
+            weight = reply.metrics["seen"]
+            for name in ("loss", "accuracy"):
+                rows.append((round, reply.client, domain, "train", name, reply.metrics[name] * weight, weight))
+            rows += [
+                (round, reply.client, domain, "train", name, float(v), 1.0)
+                for name, v in reply.report.items()
+                if v.numel() == 1
+            ]
+        self.metrics.add(rows)
+        if order.task == "train":
+            self.latest["loss"] = replies.metric("loss") if replies.singles else None
+
+    def _evaluate(self, federation: Federation, round: int, state: Tensors) -> None:
+        shared = self.strategy.model(state)
+        scores = federation.evaluate(shared)
+        self._record(round, scores)
+        accuracy = by_domain(scores, federation.spec.shards.domains)
+        self.latest |= {"round": round, "accuracy": accuracy}
+        held_out = federation.evaluate(shared, "validation")
+        if held_out:
+            self._record(round, held_out)
+            # The mean over clients, as in FedBN's selection rule.
+            validation = sum(s.correct / s.examples for s in held_out) / len(held_out)
+            self.latest["validation_accuracy"] = validation
+            if validation > self.best.get("validation_accuracy", -1.0):
+                self.best = {"round": round, "validation_accuracy": validation, "accuracy": accuracy}
+        self.progress.update(
+            round, accuracy=accuracy, loss=self.latest.get("loss"), examples=self.totals.examples_seen
+        )
+
+    def _record(self, round: int, scores: list[Score]) -> None:
+        rows = []
+        for s in scores:
+            rows.append((round, s.client, s.domain, s.split, "accuracy", s.correct, s.examples))
+            rows.append((round, s.client, s.domain, s.split, "loss", s.loss, s.examples))
+        self.metrics.add(rows)
+
+    def _checkpoint(self, federation: Federation, round: int, state: Tensors) -> None:
+        self.totals.seconds = time.perf_counter() - self.started
+        self.metrics.commit()
+        self.store.flush()
+        record = {
+            "totals": asdict(self.totals),
+            "best": self.best,
+            "latest": self.latest,
+            "numerics": numerics(self.config),
+        }
+        self.checkpoints.save(Snapshot(round, state, record))
+        self.store.prune(self.checkpoints.rounds()[0])
+
+    def _summarise(self, federation: Federation, state: Tensors) -> dict[str, Any]:
+        config, accuracy = self.config, self.latest["accuracy"]
+        values = list(accuracy.values())
+        totals = asdict(self.totals)
+        totals["seconds"] = round_to(time.perf_counter() - self.started, 3)
+        summary = {
+            "name": config.name,
+            "strategy": config.algorithm.strategy,
+            "model": config.model.name,
+            "dataset": config.federation.dataset,
+            "dataset_sha256": self.plan.dataset.digest,
+            "seed": config.seed,
+            "rounds": config.rounds,
+            "clients": len(federation),
+            "accuracy": accuracy,
+            "mean_accuracy": sum(values) / len(values),
+            "worst_accuracy": min(values),
+            **totals,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "state_sha256": state_sha256(state),
+            "executor": config.simulation.executor,
+            "workers": config.simulation.workers,
+            "block": config.simulation.block,
+        }
+        if self.best:
+            summary["validation_accuracy"] = self.latest["validation_accuracy"]
+            summary["selected"] = self.best
+        self.writer.write_summary(summary)
+        self.writer.event("finished", round=config.rounds)
+        return summary
+
+
+def by_domain(scores: list[Score], domains: tuple[str, ...]) -> dict[str, float]:
+    """Accuracy of each domain: the mean over the models scored on it (one, or one a client)."""
+    found: dict[str, list[float]] = {d: [] for d in domains}
+    for score in scores:
+        found[score.domain].append(score.correct / score.examples)
+    return {d: math.fsum(v) / len(v) for d, v in found.items() if v}
+
+
+def round_to(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}f}")
+
+
+@contextlib.contextmanager
+def _signals(running: _Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM stops after the current round; a second one stops at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if running.stop:
+            raise KeyboardInterrupt
+        running.stop = True
+        running.progress.note("stopping after this round (once more to stop at once)")
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,107 @@
+"""Private state of the clients between rounds: FedBN's normalization, a client's own rate, whatever a plug-in keeps.
+
+Rows are versioned by round, so that a run resumed at round t sees exactly what its clients kept in round t, however
+far the killed run had got. States of recent clients are in memory; all are in one SQLite file, as checksummed
+safetensors. A client without a row was never trained: it starts from the initial private tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from pathlib import Path
+
+from safetensors.torch import load, save
+
+from fedsim.errors import DataError
+from fedsim.types import ClientState
+
+PRIVATE, MEMORY = "p/", "m/"
+
+
+class ClientStore:
+    """Args: path: the file, or None for a store that lives and dies with this process."""
+
+    def __init__(self, path: Path | None = None, budget: int = 1 << 30):
+        self.path = path
+        self.db = sqlite3.connect(path if path else ":memory:", isolation_level=None)
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA synchronous = NORMAL")
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS states (client INTEGER, round INTEGER, sha256 BLOB, data BLOB,"
+            " PRIMARY KEY (client, round)) WITHOUT ROWID"
+        )
+        self.budget = budget
+        self.recent: dict[int, tuple[int, ClientState]] = {}
+        self.dirty: set[int] = set()
+        self.bytes = 0
+
+    def get(self, client: int) -> ClientState | None:
+        """The newest state of a client, or None if it was never trained.
+
+        Raises:
+            DataError: the stored bytes are damaged.
+        """
+        if client in self.recent:
+            return self.recent[client][1]
+        row = self.db.execute(
+            "SELECT data, sha256 FROM states WHERE client = ? ORDER BY round DESC LIMIT 1", (client,)
+        ).fetchone()
+        if row is None:
+            return None
+        data, digest = row
+        if hashlib.sha256(data).digest() != digest:
+            raise DataError(f"{self.path}: the private state of client {client} is damaged (checksum differs)")
+        tensors = load(data)
+        return ClientState(
+            {n[len(PRIVATE) :]: v for n, v in tensors.items() if n.startswith(PRIVATE)},
+            {n[len(MEMORY) :]: v for n, v in tensors.items() if n.startswith(MEMORY)},
+        )
+
+    def put(self, client: int, round: int, state: ClientState) -> None:
+        if not state.private and not state.memory:
+            return
+        self.bytes += _size(state) - (_size(self.recent[client][1]) if client in self.recent else 0)
+        self.recent[client] = (round, state)
+        self.dirty.add(client)
+        if self.bytes > self.budget:
+            self.flush()
+            self.recent.clear()
+            self.bytes = 0
+
+    def flush(self) -> None:
+        """Write what changed since the last call; after it a resume at this round finds every state."""
+        if not self.dirty:
+            return
+        self.db.execute("BEGIN IMMEDIATE")
+        for client in sorted(self.dirty):
+            round, state = self.recent[client]
+            tensors = {PRIVATE + n: v.contiguous() for n, v in state.private.items()}
+            tensors |= {MEMORY + n: v.contiguous() for n, v in state.memory.items()}
+            data = save(tensors)
+            row = (client, round, hashlib.sha256(data).digest(), data)
+            self.db.execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", row)
+        self.db.execute("COMMIT")
+        self.dirty.clear()
+
+    def rewind(self, round: int) -> None:
+        """Forget everything later than ``round``."""
+        self.recent.clear()
+        self.dirty.clear()
+        self.bytes = 0
+        self.db.execute("DELETE FROM states WHERE round > ?", (round,))
+
+    def prune(self, round: int) -> None:
+        """Drop versions that no resume at ``round`` or later can ask for."""
+        self.db.execute(
+            "DELETE FROM states WHERE round < (SELECT MAX(s.round) FROM states s WHERE s.client = states.client"
+            " AND s.round <= ?)",
+            (round,),
+        )
+
+    def close(self) -> None:
+        self.db.close()
+
+
+def _size(state: ClientState) -> int:
+    return sum(v.nbytes for tree in (state.private, state.memory) for v in tree.values())

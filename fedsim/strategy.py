@@ -1,0 +1,140 @@
+"""The server half of an algorithm: three pure functions over a state of named tensors.
+
+``init / orders / aggregate`` is all an algorithm writes. The class is also a Flower ``Strategy``: its five Flower
+methods (``fedsim.flower.FlowerMethods``) are derived from the three, so that ``strategy.start(grid, ...)`` works on
+any Flower Grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fedsim.flower import FlowerMethods
+from fedsim.fold import Partial, mean, merge
+from fedsim.plugin import Plugin
+from fedsim.types import Order, Reply, Tensors
+
+SERVER = "@"  # prefix of the state entries that never leave the server
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The believed replies to one order, in client order.
+
+    If the order asked to fold, ``partials`` holds the block sums and the single replies carry no model tensors;
+    reports and metrics are there either way.
+    """
+
+    singles: Sequence[Reply]
+    partials: Sequence[Partial] = ()
+    weighting: str = "examples"
+    _cache: dict[str, Partial] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.singles)
+
+    def weight(self, reply: Reply) -> float:
+        return float(reply.examples) if self.weighting == "examples" else 1.0
+
+    def mean(self, like: Tensors) -> Tensors:
+        """sum_k p_k theta_k / sum_k p_k in the dtypes of ``like``."""
+        if "total" not in self._cache:
+            parts = self.partials or [Partial.of(dict(r.shared), self.weight(r)) for r in self.singles]
+            self._cache["total"] = merge(parts)
+        return mean(self._cache["total"], like)
+
+    def mean_report(self, name: str) -> Tensors:
+        """The weighted mean of the report entries under ``name``, prefix removed; float64."""
+        picked = [
+            ({n.removeprefix(name): v for n, v in r.report.items() if n.startswith(name)}, self.weight(r))
+            for r in self.singles
+        ]
+        total = merge(Partial.of(t, w) for t, w in picked)
+        return {n: v / total.weight for n, v in total.sums().items()}
+
+    def metric(self, name: str) -> float:
+        """Weighted mean of a client metric."""
+        total = sum(self.weight(r) for r in self.singles)
+        return sum(self.weight(r) * r.metrics[name] for r in self.singles) / total
+
+
+class Strategy(FlowerMethods):
+    """Base of every algorithm's server half.
+
+    Args:
+        trainable: names of the trained parameters, for rules that treat them apart from statistics and counters
+            (a server learning rate must not extrapolate a variance). None: every floating-point tensor.
+        seed: of what the server half draws.
+        fraction_train: share of the nodes sampled each round when run by Flower's own ``start``; the simulator
+            samples by its configuration.
+    """
+
+    plugins: tuple[Plugin, ...] = ()
+    setup_rounds: int = 0
+    """Rounds before the first training round; their numbers are 1 - setup_rounds, ..., 0."""
+    weighting: ClassVar[str] = "examples"
+
+    def __init__(
+        self, *, trainable: Collection[str] | None = None, seed: int = 0, fraction_train: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.trainable = frozenset(trainable) if trainable is not None else None
+        self.seed, self.fraction_train = seed, fraction_train
+
+    def init(self, shared: Tensors) -> Tensors:
+        """State before the first round, from the initial shared tensors of the model."""
+        return dict(shared)
+
+    def orders(self, round: int, state: Tensors) -> list[Order]:
+        """What the clients of this round are asked to do. Several orders are carried out one after the other."""
+        return [Order(round, self.shared(state), weighting=self.weighting)]
+
+    def aggregate(self, round: int, state: Tensors, order: Order, replies: Replies) -> Tensors:
+        """State after the replies to one order. The default is the weighted mean (FedAvg)."""
+        server = {n: v for n, v in state.items() if n.startswith(SERVER)}
+        return {**replies.mean(self.shared(state)), **server}
+
+    def shared(self, state: Tensors) -> Tensors:
+        """theta: the state entries that travel to clients."""
+        return {n: v for n, v in state.items() if not n.startswith(SERVER)}
+
+    def model(self, state: Tensors) -> Tensors:
+        """The shared tensors to evaluate; differs from ``shared`` where a method reports an average of iterates."""
+        return self.shared(state)
+
+    def metrics(self, state: Tensors) -> dict[str, float]:
+        """Figures of the server worth a curve (``server-lr``, ``density``)."""
+        return {}
+
+    def is_trained(self, name: str, value: object) -> bool:
+        return name in self.trainable if self.trainable is not None else value.dtype.is_floating_point  # type: ignore[attr-defined]
+
+
+class Wrapper(Strategy):
+    """A server half on top of another, so that pruning, server rates and aggregation rules compose.
+
+    Everything not overridden is the base's. ``FedTiny(FedHyper(FedAvg()))`` prunes what FedHyper's rate scaled.
+    """
+
+    def __init__(self, base: Strategy, **options: object) -> None:
+        super().__init__(trainable=base.trainable, seed=base.seed, fraction_train=base.fraction_train)
+        self.base = base
+        self.plugins = (*base.plugins, *self.plugins)
+        self.setup_rounds = self.setup_rounds + base.setup_rounds
+
+    def init(self, shared: Tensors) -> Tensors:
+        return self.base.init(shared)
+
+    def orders(self, round: int, state: Tensors) -> list[Order]:
+        return self.base.orders(round, state)
+
+    def aggregate(self, round: int, state: Tensors, order: Order, replies: Replies) -> Tensors:
+        return self.base.aggregate(round, state, order, replies)
+
+    def model(self, state: Tensors) -> Tensors:
+        return self.base.model(state)
+
+    def metrics(self, state: Tensors) -> dict[str, float]:
+        return self.base.metrics(state)

@@ -1,0 +1,215 @@
+"""What runs where the data are: trains blocks of clients and evaluates models. The same object in this process and in
+a Ray actor, so that where it runs cannot change a number."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from fedsim.batches import batch_plan
+from fedsim.config import Training
+from fedsim.data import Dataset, Partition
+from fedsim.examples import Examples
+from fedsim.fold import Partial
+from fedsim.guard import refuse
+from fedsim.local import ClientTask, Outcome, Work, correct, run_loop
+from fedsim.optim import learning_rate
+from fedsim.random import generator
+from fedsim.types import ClientState, Order, Reply, Tensors
+from fedsim.vectorized import run_vmap
+
+Executor = Callable[[ClientTask, Order, Sequence[Work], float], Iterator[Outcome]]
+EXECUTORS: dict[str, Executor] = {"loop": run_loop, "vmap": run_vmap}
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker holds for a whole run."""
+
+    task: ClientTask
+    dataset: Dataset
+    shards: Partition
+    training: Training
+    seed: int
+    rounds: int
+    executor: str = "loop"
+    evaluation_batch: int = 250
+    device: str = "cpu"
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client whose update of a round is not used, and why."""
+
+    client: int
+    stage: str  # train | update
+    reason: str
+    trace: str = ""
+
+
+@dataclass
+class BlockResult:
+    """One block's part of a round, in client order; ``partial`` holds the tensors if the order asked to fold."""
+
+    replies: list[Reply] = field(default_factory=list)
+    states: dict[int, ClientState] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    partial: Partial | None = None
+    dropped: int = 0  # examples left out by the last-batch policy
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """One model on some examples: ``client`` -1 is the global model, otherwise ``private`` completes it."""
+
+    client: int
+    domain: str
+    split: str  # test | validation
+    indices: np.ndarray
+    private: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the examples of an evaluation job."""
+
+    client: int
+    domain: str
+    split: str
+    correct: float
+    loss: float
+    examples: int
+
+
+class Worker:
+    def __init__(self, spec: WorkerSpec):
+        torch.set_num_threads(1)  # sums over threads would make the bits depend on their number
+        self.spec = spec
+        self.device = torch.device(spec.device)
+        spec.task.model.to(self.device)
+        self.examples = Examples(spec.dataset, self.device)
+
+    def _plan(self, order: Order, client: int, smallest: int) -> tuple[list[np.ndarray], int]:
+        shard, training, seed = self.spec.shards[client], self.spec.training, self.spec.seed
+        if order.task == "train":
+            return batch_plan(
+                shard,
+                batch_size=training.batch_size,
+                epochs=training.epochs,
+                steps=training.steps,
+                last=training.last_batch,
+                smallest=smallest,
+                seed=seed,
+                round=order.round,
+                client=client,
+            )
+        # Forward-only tasks look at a development set: a share of the shard that stays the same in all rounds.
+        count = max(1, round(len(shard) * order.scalars.get("dev-fraction", 1.0)))
+        chosen = generator(seed, client=client, purpose="client").permutation(len(shard))[:count]
+        return batch_plan(
+            shard[np.sort(chosen)],
+            batch_size=training.batch_size,
+            epochs=int(order.scalars.get("passes", 1)),
+            smallest=smallest,
+            seed=seed,
+            round=order.round,
+            client=client,
+        )
+
+    def _on_device(self, tensors: Tensors) -> Tensors:
+        return {n: v.to(self.device) for n, v in tensors.items()} if self.device.type != "cpu" else tensors
+
+    def train(self, order: Order, clients: Sequence[int], states: Sequence[ClientState]) -> BlockResult:
+        """Carry out an order for a block of clients (ascending numbers), each with its private state."""
+        spec, result = self.spec, BlockResult()
+        lr = order.scalars.get("lr", None)
+        if lr is None:
+            t = spec.training
+            lr = learning_rate(t.lr, t.schedule, order.round, spec.rounds, t.decay, t.decay_every)
+        order = replace(order, shared=self._on_device(order.shared), extra=self._on_device(order.extra))
+        spec.task.begin(order)
+        smallest = spec.task.smallest_batch
+        block = []
+        for client, state in zip(clients, states):
+            plan, dropped = self._plan(order, client, smallest)
+            result.dropped += dropped
+            if not plan:
+                reason = f"{len(spec.shards[client])} examples make no batch of at least {smallest}"
+                result.failures.append(Failure(client, "train", reason))
+                continue
+            fetch = self.examples.fetcher(spec.seed, order.round, client, spec.training.augment)
+            state = ClientState(self._on_device(state.private), self._on_device(state.memory))
+            block.append(Work(client, state, plan, fetch))
+        for group in [[w] for w in block] if spec.executor == "loop" else [block] if block else []:
+            try:
+                for outcome in EXECUTORS[spec.executor](spec.task, order, group, float(lr)):
+                    self._accept(order, outcome, result)
+            except Exception as error:
+                if spec.debug:
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                done = {r.client for r in result.replies} | {f.client for f in result.failures}
+                result.failures += [
+                    Failure(w.client, "train", reason, traceback.format_exc())
+                    for w in group
+                    if w.client not in done
+                ]
+        return result
+
+    def _accept(self, order: Order, outcome: Outcome, result: BlockResult) -> None:
+        client = outcome.client
+        mean_loss = outcome.loss / max(outcome.seen, 1)
+        reason = refuse(outcome.shared, order.shared)
+        if reason is None and not np.isfinite(mean_loss):
+            reason = f"the training loss is {mean_loss}"
+        if reason is not None:
+            result.failures.append(Failure(client, "update", reason))
+            return
+        examples = len(self.spec.shards[client])
+        shared = {n: v.cpu() for n, v in outcome.shared.items()}
+        if order.task == "score":
+            shared = {}
+        weight = float(examples) if order.weighting == "examples" else 1.0
+        single: Tensors = {}
+        if not order.fold:
+            single = {n: v.clone() for n, v in shared.items()}
+        elif result.partial is None:
+            result.partial = Partial.of({n: v.clone() for n, v in shared.items()}, weight)
+        else:
+            result.partial.add(shared, weight)
+        report = {n: v.detach().cpu().clone() for n, v in outcome.report.items()}
+        metrics = {
+            "loss": mean_loss,
+            "accuracy": outcome.correct / max(outcome.seen, 1),
+            "seen": float(outcome.seen),
+        }
+        result.replies.append(Reply(client, examples, single, report, metrics))
+        to_cpu = lambda tree: {n: v.cpu() for n, v in tree.items()}  # noqa: E731
+        if order.task != "score":
+            result.states[client] = ClientState(to_cpu(outcome.state.private), to_cpu(outcome.state.memory))
+
+    @torch.no_grad()
+    def evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:
+        """Accuracy and loss in evaluation mode."""
+        model = self.spec.task.model.eval()
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        scores = []
+        for job in jobs:
+            for name, value in {**shared, **job.private}.items():
+                named[name].copy_(value)
+            split = "test" if job.split == "test" else "train"  # validation examples are held-out training ones
+            hits, loss, size = 0.0, 0.0, self.spec.evaluation_batch
+            for start in range(0, len(job.indices), size):
+                x, y = self.examples.batch(split, job.indices[start : start + size])
+                output = model(x)
+                logits = output[0] if isinstance(output, tuple) else output
+                hits += float(correct(logits, y))
+                loss += float(F.cross_entropy(logits.flatten(0, -2), y.flatten())) * len(y)
+            scores.append(Score(job.client, job.domain, job.split, hits, loss, len(job.indices)))
+        return scores
