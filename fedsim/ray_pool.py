@@ -7,6 +7,7 @@ function of its arguments, so the repetition has the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,28 @@ def _register_tensors() -> None:
     )
 
 
+def _start(workers: int, address: str) -> None:
+    options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    except (ConnectionError, RayError) as error:
+        raise ConfigError(f"simulation.address = '{address}': no Ray cluster answers there: {error}") from None
+
+
+@contextlib.contextmanager
+def session(workers: int, address: str = "") -> Iterator[None]:
+    """Keep one Ray for several pools.
+
+    Raises:
+        ConfigError: no cluster answers at ``address``.
+    """
+    _start(workers, address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 class _Actor:
     def __init__(self, spec: WorkerSpec):
         _register_tensors()
@@ -74,17 +97,7 @@ class RayPool:
         self.retries, self.retried, self.gpus = retries, 0, gpus
         self.owns = not ray.is_initialized()
         if self.owns:
-            options: dict[str, Any] = {"address": address} if address else {"num_cpus": max(workers, 1)}
-            try:
-                ray.init(
-                    include_dashboard=False if not address else None,
-                    log_to_driver=False,
-                    configure_logging=True,
-                    logging_level="ERROR",
-                    **options,
-                )
-            except (ConnectionError, RayError) as error:
-                raise ConfigError(f"simulation.address = '{address}': no Ray cluster answers there: {error}") from None
+            _start(workers, address)
         have = ray.cluster_resources()
         if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
             self.close()

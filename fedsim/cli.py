@@ -1,0 +1,164 @@
+"""The command line. Every failure is one plain message and a documented exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsim.errors import FedsimError
+
+app = typer.Typer(
+    name="fedsim",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Simulate federated learning on clients from different domains.
+
+    Start here: `fedsim run` compares FedAvg, FedBN and FedWon on real digits from five domains in about two
+    minutes and draws the accuracy of each domain. Then run a recipe of your own: `fedsim run CONFIG.toml`.
+
+    Exit codes: 0 done, 2 bad configuration or input, 130 interrupted (resume with `fedsim resume`), 1 anything else.
+    """,
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=V", help="override a configuration key, e.g. training.lr=0.1; repeatable"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="re-raise a client's error and show tracebacks")]
+
+
+@app.command()
+def run(
+    config: Annotated[
+        list[Path] | None, typer.Argument(help="TOML files, run one after the other; none: the quick recipe")
+    ] = None,
+    set: Set = None,
+    out: Annotated[
+        Path | None, typer.Option(help="run directory (with several runs: their parent); default runs/NAME-TIME")
+    ] = None,
+    seed: Annotated[str | None, typer.Option(help="a seed, or several as 0,1,2: one run each")] = None,
+    executor: Annotated[str | None, typer.Option(help="auto, loop or vmap")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; 0: in this process, without Ray")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a configuration, or compare several; ends with a table and pictures of accuracy per domain."""
+    from fedsim.recipes import quick_recipe, run_all
+
+    overrides = list(set or [])
+    overrides += [f'simulation.executor="{executor}"'] if executor is not None else []
+    overrides += [f"simulation.workers={workers}"] if workers is not None else []
+    seeds = _seeds(seed) if seed is not None else None
+    run_all(config or quick_recipe(), overrides, out, seeds, debug=debug)
+
+
+def _seeds(text: str) -> list[int]:
+    from fedsim.errors import ConfigError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seed {text}: expected a whole number or several, separated by commas") from None
+
+
+@app.command()
+def resume(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
+    round: Annotated[int | None, typer.Option(help="continue from this round's checkpoint, not the newest")] = None,
+    allow_other_numerics: Annotated[
+        bool, typer.Option(help="continue although executor, block, device or torch differ from the run's")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a run that was stopped or killed; it ends with the bits of an undisturbed one."""
+    from fedsim.recipes import report
+    from fedsim.run import resume as continue_run
+
+    continue_run(path, round=round, allow_other_numerics=allow_other_numerics, debug=debug)
+    report([path], path)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List strategies, the parts of each axis with their options, models and data sets."""
+    from rich.console import Console
+
+    from fedsim.models import model_names
+    from fedsim.registry import AXES, options_of, parts, presets
+
+    console = Console()
+    console.print("[bold]strategies[/bold] (algorithm.strategy)")
+    for name, preset in presets().items():
+        console.print(f"  {name:14} {preset.summary}", highlight=False)
+    for axis in AXES[1:]:
+        console.print(f"[bold]{axis}[/bold] (algorithm.{axis})")
+        for name, builder in parts(axis).items():
+            options = ", ".join(f"{k.replace('_', '-')} = {v!r}" for k, v in options_of(builder).items())
+            console.print(f"  {name:22} {options}", highlight=False)
+    console.print("[bold]models[/bold] (model.name)\n  " + ", ".join(model_names()), highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers: versions, cores, memory, GPUs, cache folder."""
+    import os
+    import platform
+
+    import flwr
+    import numpy
+    import ray
+    import torch
+    from rich.console import Console
+
+    from fedsim.data import cache_folder
+
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = {
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.cuda.device_count()} GPUs",
+        "flwr": flwr.__version__,
+        "ray": ray.__version__,
+        "numpy": numpy.__version__,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{pages / 2**30:.1f} GiB",
+        "cache": str(cache_folder()),
+    }
+    for name, value in lines.items():
+        Console().print(f"{name:8} {value}", highlight=False)
+
+
+def _mount() -> None:
+    from fedsim.data.cli import app as data
+    from fedsim.results.cli import plot, table
+
+    app.command()(plot)
+    app.command()(table)
+    app.add_typer(data, name="data", help="Show, describe and partition data sets.")
+
+
+def main() -> None:
+    """Entry point of the ``fedsim`` command."""
+    debug = "--debug" in sys.argv
+    started = time.time()
+    try:
+        _mount()
+        app()
+    except FedsimError as error:
+        if debug:
+            raise
+        print(f"fedsim: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        print(f"fedsim: interrupted after {time.time() - started:.0f} s", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
