@@ -147,11 +147,6 @@ def _needs(kinds: tuple[str, ...], what: str):
     return check
 
 
-@register("normalization", "shared")
-def shared(config: Config) -> Part:
-    return Part()
-
-
 @register("normalization", "local")
 def local(config: Config) -> Part:
     return Part((LocalNormalization(),), check=_needs(("affine", "stats"), "normalization layer"))

@@ -68,6 +68,14 @@ def register(axis: str, name: str) -> Callable[[Builder], Builder]:
     return put
 
 
+def _neutral(config: Config) -> Part:
+    return Part()
+
+
+for _axis in AXES[1:]:
+    register(_axis, DEFAULTS[_axis])(_neutral)
+
+
 def preset(name: str, summary: str, implies: Mapping[str, Mapping[str, Any]] | None = None, **parts: str) -> None:
     """``preset("fedbn", "...", normalization="local")``; ``learning_rate`` names the axis ``learning-rate``."""
     named = {axis.replace("_", "-"): value for axis, value in parts.items()}

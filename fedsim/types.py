@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from torch import Tensor
 
 Tensors = dict[str, Tensor]  # flat and named, never positional: state, update, mask, wire
-
-NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Order:
     shared: Tensors
     task: str = "train"
     extra: Tensors = field(default_factory=dict)
-    scalars: Mapping[str, float] = NOTHING
+    scalars: Mapping[str, float] = field(default_factory=dict)
     fold: bool = True
     weighting: str = "examples"
 
@@ -45,7 +42,7 @@ class Reply:
     examples: int
     shared: Tensors
     report: Tensors = field(default_factory=dict)
-    metrics: Mapping[str, float] = NOTHING
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ a Ray actor, so that where it runs cannot change a number."""
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,9 +91,11 @@ class Score:
 class Worker:
     def __init__(self, spec: WorkerSpec):
         torch.set_num_threads(1)  # sums over threads would make the bits depend on their number
+        # The skeleton is written to, and what came through Ray's object store is memory shared by all workers.
+        self.task = copy.deepcopy(spec.task)
         self.spec = spec
         self.device = torch.device(spec.device)
-        spec.task.model.to(self.device)
+        self.task.model.to(self.device)
         self.examples = Examples(spec.dataset, self.device)
 
     def _plan(self, order: Order, client: int, smallest: int) -> tuple[list[np.ndarray], int]:
@@ -133,8 +136,8 @@ class Worker:
             t = spec.training
             lr = learning_rate(t.lr, t.schedule, order.round, spec.rounds, t.decay, t.decay_every)
         order = replace(order, shared=self._on_device(order.shared), extra=self._on_device(order.extra))
-        spec.task.begin(order)
-        smallest = spec.task.smallest_batch
+        self.task.begin(order)
+        smallest = self.task.smallest_batch
         block = []
         for client, state in zip(clients, states):
             plan, dropped = self._plan(order, client, smallest)
@@ -148,7 +151,7 @@ class Worker:
             block.append(Work(client, state, plan, fetch))
         for group in [[w] for w in block] if spec.executor == "loop" else [block] if block else []:
             try:
-                for outcome in EXECUTORS[spec.executor](spec.task, order, group, float(lr)):
+                for outcome in EXECUTORS[spec.executor](self.task, order, group, float(lr)):
                     self._accept(order, outcome, result)
             except Exception as error:
                 if spec.debug:
@@ -197,7 +200,7 @@ class Worker:
     @torch.no_grad()
     def evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:
         """Accuracy and loss in evaluation mode."""
-        model = self.spec.task.model.eval()
+        model = self.task.model.eval()
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         scores = []
         for job in jobs:
