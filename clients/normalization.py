@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 
 import torch
+from fedsim.models.norm import NORM_TYPES, classify, make_norm, norm_names, replace_modules
 from torch import Tensor, nn
 
 from clients.clipping import AdaptiveGradientClipping
 from fedsim.config import Config
 from fedsim.local import ClientTask
-from fedsim.models.norm import NORM_TYPES, classify, make_norm, norm_names, replace_modules
 from fedsim.plugin import Plugin
 from fedsim.registry import Part, register
 from fedsim.types import Order
@@ -184,10 +184,8 @@ def standardized_weights(
     agc: float = 0.1,
     agc_skip_last: bool = False,
 ) -> Part:
-    """``agc``: clipping factor lambda of adaptive gradient clipping; 0 turns it off (FedWon does for batches of 1, 2)."""
+    """``agc``: factor lambda of adaptive gradient clipping; 0: none, as FedWon does for batches of 1 and 2."""
     plugins: tuple[Plugin, ...] = (StandardizedWeights(gamma, ws_eps, learn_gain),)
     if agc:
         plugins += (AdaptiveGradientClipping(agc, skip_last=agc_skip_last),)
     return Part(plugins)
-
-

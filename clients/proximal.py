@@ -4,7 +4,7 @@
 
 over the parameters the server sent (private ones have no global value to stay near). The gradient is added to the
 task's gradient as it stands in that equation. FedBN's released scripts take the root of the norm in two of three data
-sets and skip the term in the first round and first batch; at w = w_t the true gradient is zero, so nothing needs skipping.
+sets and skip the term in the first round and first batch; the true gradient at w = w_t is zero: nothing needs skipping.
 """
 
 from __future__ import annotations

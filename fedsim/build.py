@@ -87,8 +87,8 @@ def plan(config: Config) -> Plan:
         raise ConfigError(f"federation.clients-per-round = {wanted}: the federation has {clients} clients")
     cohort = wanted or max(1, math.ceil(config.federation.participation * clients - 1e-9))
     device = "cuda" if config.simulation.gpus_per_worker else "cpu"
-    executor = config.simulation.executor
-    executor = choose_executor(task, device) if executor == "auto" else executor
+    asked = config.simulation.executor
+    executor = choose_executor(task, device) if asked == "auto" else asked
     block = config.simulation.block or block_size(executor, cohort)
     simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
     config = config.model_copy(update={"simulation": simulation})

@@ -109,7 +109,7 @@ class Config(Section):
     federation: Federation = Federation()
     model: Model = Model()
     training: Training = Training()
-    algorithm: Algorithm = Algorithm()
+    algorithm: Algorithm = Field(default_factory=lambda: Algorithm.model_validate({}))
     simulation: SimulationSection = SimulationSection()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

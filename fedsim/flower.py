@@ -38,7 +38,7 @@ def to_tensors(record: ArrayRecord) -> Tensors:
 
 def order_content(order: Order, number: int = 0) -> RecordDict:
     """An order as the content of a Flower message; one content object serves all the clients of the order."""
-    config = {
+    config: dict[str, Any] = {
         "server-round": order.round,
         "task": order.task,
         "fold": order.fold,

@@ -132,11 +132,9 @@ class SimulationGrid(Grid):
         out = []
         for message in group:
             client = message.metadata.dst_node_id - 1
-            own = [
-                by_key.get((client, d)) or by_key[(-1, d)] for d in self.federation.domains(client)
-            ]
+            own = [by_key.get((client, d)) or by_key[(-1, d)] for d in self.federation.domains(client)]
             examples = sum(s.examples for s in own)
-            metrics = {
+            metrics: dict[str, Any] = {
                 "num-examples": examples,
                 "accuracy": sum(s.correct for s in own) / examples,
                 "loss": sum(s.loss for s in own) / examples,

@@ -69,9 +69,7 @@ class Adam:
 Optimizer = SGD | Adam
 
 
-def learning_rate(
-    base: float, schedule: str, round: int, rounds: int, decay: float = 1.0, every: int = 1
-) -> float:
+def learning_rate(base: float, schedule: str, round: int, rounds: int, decay: float = 1.0, every: int = 1) -> float:
     """The local rate of a round (1-based): constant, exponential (decay^(t-1)), step or cosine to zero."""
     t = max(round, 1) - 1
     if schedule == "exponential":

@@ -8,6 +8,7 @@ function of its arguments, so the repetition has the same bits.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,15 +41,13 @@ def _from_numpy(array: Any) -> torch.Tensor:
 
 
 def _register_tensors() -> None:
-    ray.util.register_serializer(
-        torch.Tensor, serializer=lambda t: t.detach().cpu().numpy(), deserializer=_from_numpy
-    )
+    ray.util.register_serializer(torch.Tensor, serializer=lambda t: t.detach().cpu().numpy(), deserializer=_from_numpy)
 
 
 def _start(workers: int, address: str) -> None:
     options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RayError) as error:
         raise ConfigError(f"simulation.address = '{address}': no Ray cluster answers there: {error}") from None
 
@@ -91,9 +90,7 @@ class RayPool:
         ConfigError: the cluster cannot be reached, or has not the CPUs or GPUs asked for.
     """
 
-    def __init__(
-        self, spec: WorkerSpec, workers: int, *, gpus: float = 0.0, address: str = "", retries: int = 2
-    ):
+    def __init__(self, spec: WorkerSpec, workers: int, *, gpus: float = 0.0, address: str = "", retries: int = 2):
         self.retries, self.retried, self.gpus = retries, 0, gpus
         self.owns = not ray.is_initialized()
         if self.owns:
@@ -107,15 +104,14 @@ class RayPool:
             )
         _register_tensors()
         self.spec = ray.put(spec)
-        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": ALLOCATOR})(
-            _Actor
-        )
-        self.actors = [self.remote.remote(self.spec) for _ in range(workers)]
+        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": ALLOCATOR})(_Actor)
+        self.actors: list[Any] = [self.remote.remote(self.spec) for _ in range(workers)]
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         shared = ray.put(common)
         waiting = list(reversed([(number, 0) for number in range(len(calls))]))
-        idle, running = list(range(len(self.actors))), {}
+        idle = list(range(len(self.actors)))
+        running: dict[Any, tuple[int, int, int]] = {}  # reference -> (actor, call, tries)
         while waiting or running:
             while waiting and idle:
                 number, tries = waiting.pop()

@@ -113,6 +113,24 @@ def _pick(what: str, name: str, known: Iterable[str]) -> str:
     raise ConfigError(f"algorithm.{what} = '{name}': no such {what}; {hint}")
 
 
+def _names(algorithm: Algorithm) -> dict[str, str]:
+    """Axis -> value of what an ``[algorithm]`` table asks for."""
+    load()
+    chosen = _presets[_pick("strategy", algorithm.strategy, _presets)]
+    names = {**DEFAULTS, **chosen.parts}
+    for axis in AXES[1:]:
+        wanted = getattr(algorithm, axis.replace("-", "_"))
+        if wanted:
+            names[axis] = _pick(axis, wanted, _parts[axis])
+    return names
+
+
+def relevant_options(algorithm: Algorithm) -> set[str]:
+    """The options, spelled as in a configuration, that the chosen parts have."""
+    names = _names(algorithm)
+    return {k.replace("_", "-") for axis in AXES for k in options_of(_parts[axis][names[axis]])}
+
+
 def _typed(key: str, value: Any, default: Any) -> Any:
     """The option's value in the type of its default."""
     kind = type(default)
@@ -131,14 +149,8 @@ def resolve(config: Config) -> tuple[Config, dict[str, Part]]:
     Raises:
         ConfigError: an unknown strategy, axis value or option, or an option of the wrong type.
     """
-    load()
     algorithm = config.algorithm
-    chosen = _presets[_pick("strategy", algorithm.strategy, _presets)]
-    names = {**DEFAULTS, **chosen.parts}
-    for axis in AXES[1:]:
-        wanted = getattr(algorithm, axis.replace("-", "_"))
-        if wanted:
-            names[axis] = _pick(axis, wanted, _parts[axis])
+    names, chosen = _names(algorithm), _presets[algorithm.strategy]
     builders = {axis: _parts[axis][names[axis]] for axis in AXES}
     known = {key: default for builder in builders.values() for key, default in options_of(builder).items()}
     unknown = [key for key in algorithm.options if key not in known]

@@ -224,9 +224,7 @@ class _Run:
             self.latest["validation_accuracy"] = validation
             if validation > self.best.get("validation_accuracy", -1.0):
                 self.best = {"round": round, "validation_accuracy": validation, "accuracy": accuracy}
-        self.progress.update(
-            round, accuracy=accuracy, loss=self.latest.get("loss"), examples=self.totals.examples_seen
-        )
+        self.progress.update(round, accuracy=accuracy, loss=self.latest.get("loss"), examples=self.totals.examples_seen)
 
     def _record(self, round: int, scores: list[Score]) -> None:
         rows = []

@@ -76,9 +76,7 @@ class Strategy(FlowerMethods):
     """Rounds before the first training round; their numbers are 1 - setup_rounds, ..., 0."""
     weighting: ClassVar[str] = "examples"
 
-    def __init__(
-        self, *, trainable: Collection[str] | None = None, seed: int = 0, fraction_train: float = 1.0
-    ) -> None:
+    def __init__(self, *, trainable: Collection[str] | None = None, seed: int = 0, fraction_train: float = 1.0) -> None:
         super().__init__()
         self.trainable = frozenset(trainable) if trainable is not None else None
         self.seed, self.fraction_train = seed, fraction_train

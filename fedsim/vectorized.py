@@ -32,14 +32,11 @@ class _Block:
     def take(self, rows: Tensor) -> _Block:
         pick = lambda tree: {n: v.index_select(0, rows) for n, v in tree.items()}  # noqa: E731
         moments = {m: [v.index_select(0, rows) for v in vs] for m, vs in self.moments.items()}
-        return _Block(
-            pick(self.params), pick(self.buffers), pick(self.memory), [pick(s) for s in self.states], moments
-        )
+        return _Block(pick(self.params), pick(self.buffers), pick(self.memory), [pick(s) for s in self.states], moments)
 
     def put(self, rows: Tensor, part: _Block) -> None:
-        for mine, theirs in [(self.params, part.params), (self.buffers, part.buffers)] + list(
-            zip(self.states, part.states)
-        ):
+        trees = [(self.params, part.params), (self.buffers, part.buffers), *zip(self.states, part.states)]
+        for mine, theirs in trees:
             for name, value in theirs.items():
                 mine[name] = mine[name].index_copy(0, rows, value)
         for name, values in part.moments.items():
@@ -116,9 +113,7 @@ def _run_alike(task: ClientTask, order: Order, group: Sequence[Work], lr: float)
         private = {n: state[n].clone() for n in sorted(task.private)}
         kept = {n: v.clone() for n, v in row(memory, i).items()}
         shared, told = {n: state[n] for n in order.shared}, row(report, i)
-        yield Outcome(
-            work.client, shared, ClientState(private, kept), told, float(loss[i]), float(right[i]), seen[i]
-        )
+        yield Outcome(work.client, shared, ClientState(private, kept), told, float(loss[i]), float(right[i]), seen[i])
 
 
 def _step(

@@ -159,9 +159,7 @@ class Worker:
                 reason = f"{type(error).__name__}: {error}"
                 done = {r.client for r in result.replies} | {f.client for f in result.failures}
                 result.failures += [
-                    Failure(w.client, "train", reason, traceback.format_exc())
-                    for w in group
-                    if w.client not in done
+                    Failure(w.client, "train", reason, traceback.format_exc()) for w in group if w.client not in done
                 ]
         return result
 

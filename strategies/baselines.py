@@ -18,7 +18,7 @@ class KeepEverything(Plugin):
 
 
 class LocalOnly(FedAvg):
-    """"SingleSet" or "standalone": every client trains its own model; the server's state is empty."""
+    """ "SingleSet" or "standalone": every client trains its own model; the server's state is empty."""
 
     plugins = (KeepEverything(),)
 

@@ -2,8 +2,8 @@
 
     theta_{t+1} = sum_k (n_k / n) theta_k
 
-over the whole state dict: weights, gamma and beta, running mean and variance. The variance is averaged as it is, without
-the spread between the clients' means, as in FedBN's released code; integer counters keep their dtype.
+over the whole state dict: weights, gamma and beta, running mean and variance. The variance is averaged as it is,
+without the spread between the clients' means, as in FedBN's released code; integer counters keep their dtype.
 """
 
 from __future__ import annotations

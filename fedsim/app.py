@@ -1,0 +1,136 @@
+"""The project as a Flower app: ``flwr run .`` in Flower's own simulation, or on a stock SuperLink with SuperNodes.
+
+The run configuration is fedsim's configuration, flattened by Flower to dotted keys. A node is a client of the
+federation: number ``partition-id`` of its node configuration. Its private state lives in Flower's ``Context.state``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedsim.build import Plan, plan
+from fedsim.config import Algorithm, Config, kebab, parse_config
+from fedsim.flower import METRICS, log, read_order, reply_content, to_arrays, to_tensors
+from fedsim.registry import relevant_options
+from fedsim.types import ClientState
+from fedsim.worker import EvaluationJob, Worker, WorkerSpec
+
+PRIVATE, MEMORY = "fedsim-private", "fedsim-memory"
+CLIENT_FAILED = 2  # Flower's error code for an exception in the ClientApp
+
+server = ServerApp()
+client = ClientApp()
+
+
+def config_of(run_config: Any) -> Config:
+    """Nested tables from Flower's dotted keys.
+
+    Flower lets a run override only keys that the app lists, so the app lists the options of every algorithm; those
+    that the chosen one does not have are left out here.
+    """
+    values: dict[str, Any] = {}
+    for key, value in run_config.items():
+        *tables, leaf = key.split(".")
+        target = values
+        for table in tables:
+            target = target.setdefault(table, {})
+        target[leaf] = value
+    algorithm = values.get("algorithm", {})
+    wanted = relevant_options(Algorithm.model_validate(algorithm))
+    fixed = {kebab(name) for name in Algorithm.model_fields}
+    values["algorithm"] = {k: v for k, v in algorithm.items() if k in fixed | wanted}
+    return parse_config(values, "run configuration")
+
+
+@functools.lru_cache(maxsize=2)
+def _plan(run_config: str) -> Plan:
+    return plan(config_of(json.loads(run_config)))
+
+
+@functools.lru_cache(maxsize=2)
+def _worker(run_config: str) -> tuple[Plan, Worker]:
+    """Data and model stay in memory between messages as long as Flower keeps the process."""
+    planned = _plan(run_config)
+    config = planned.config
+    spec = WorkerSpec(
+        planned.task,
+        planned.dataset,
+        planned.shards,
+        config.training,
+        config.seed,
+        config.rounds,
+        evaluation_batch=config.evaluation.batch_size,
+    )
+    return planned, Worker(spec)
+
+
+def _key(context: Context) -> str:
+    return json.dumps(dict(context.run_config), sort_keys=True)
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    planned = _plan(_key(context))
+    strategy, config = planned.strategy, planned.config
+    strategy.fraction_train, strategy.seed = planned.cohort / len(planned.shards), config.seed
+    shared, _ = planned.task.initial()
+    result = strategy.start(grid, to_arrays(shared), num_rounds=config.rounds)
+    for round, metrics in sorted(result.evaluate_metrics_clientapp.items()):
+        log.info("round %d: %s", round, dict(metrics))
+
+
+def _client_number(context: Context, planned: Plan) -> int:
+    number = int(context.node_config.get("partition-id", -1))
+    if not 0 <= number < len(planned.shards):
+        raise ValueError(f"partition-id {number}: expected 0 to {len(planned.shards) - 1}, one for each client")
+    return number
+
+
+def _state(context: Context, planned: Plan) -> ClientState:
+    if PRIVATE not in context.state:
+        return ClientState(planned.task.initial()[1], {})
+    records = context.state.array_records
+    return ClientState(to_tensors(records[PRIVATE]), to_tensors(records[MEMORY]))
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    planned, worker = _worker(_key(context))
+    number = _client_number(context, planned)
+    order = read_order(message.content)
+    result = worker.train(replace(order, fold=False), [number], [_state(context, planned)])
+    if result.failures:
+        return Message(Error(CLIENT_FAILED, result.failures[0].reason), reply_to=message)
+    for client_state in result.states.values():
+        context.state[PRIVATE] = to_arrays(client_state.private)
+        context.state[MEMORY] = to_arrays(client_state.memory)
+    position = int(message.content["fedsim"]["order"])  # type: ignore[index, arg-type]
+    return Message(reply_content(result.replies[0], position), reply_to=message)
+
+
+@client.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    planned, worker = _worker(_key(context))
+    number = _client_number(context, planned)
+    shared, dataset = to_tensors(_arrays(message)), planned.dataset
+    domain = planned.shards.domains[max(int(planned.shards.domain[number]), 0)]
+    job = EvaluationJob(number, domain, "test", dataset.slice(domain, "test"), _state(context, planned).private)
+    (score,) = worker.evaluate(shared, [job])
+    metrics: dict[str, Any] = {
+        "num-examples": score.examples,
+        "accuracy": score.correct / score.examples,
+        "loss": score.loss / score.examples,
+    }
+    content = RecordDict({METRICS: MetricRecord(metrics), "domain": ConfigRecord({"domain": domain})})
+    return Message(content, reply_to=message)
+
+
+def _arrays(message: Message) -> ArrayRecord:
+    return message.content.array_records["shared"]
