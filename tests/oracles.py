@@ -1,0 +1,25 @@
+"""timm's layers as oracles, imported file by file: its package imports torchvision, which has no build for every torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+
+def timm_module(path: str) -> types.ModuleType:
+    """``timm_module("layers.std_conv")``; skips the test where timm is not installed."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        pytest.skip("timm is not installed")
+    folder, _, name = path.rpartition(".")
+    package = f"_timm_{folder}"
+    if package not in sys.modules:
+        shell = types.ModuleType(package)
+        shell.__path__ = [str(Path(spec.origin).parent / folder)]
+        sys.modules[package] = shell
+    return importlib.import_module(f"{package}.{name}")

@@ -1,0 +1,52 @@
+"""Folding: the mean's value, its invariance to the bit, and integer counters."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.fold import Partial, mean, merge
+
+
+def clients(draw_seed: int, count: int):
+    g = torch.Generator().manual_seed(draw_seed)
+    tensors = [
+        {"w": torch.randn(4, 3, generator=g), "count": torch.randint(0, 99, (), generator=g)} for _ in range(count)
+    ]
+    weights = torch.randint(1, 500, (count,), generator=g).double().tolist()
+    return tensors, weights
+
+
+def fold(tensors, weights, block):
+    partials = []
+    for start in range(0, len(tensors), block):
+        partial = Partial.of({n: v.clone() for n, v in tensors[start].items()}, weights[start])
+        for theta, weight in list(zip(tensors, weights))[start + 1 : start + block]:
+            partial.add(theta, weight)
+        partials.append(partial)
+    return mean(merge(partials), tensors[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 4))
+def test_weighted_mean_equals_numpy_and_stays_in_the_hull(seed, count, block):
+    tensors, weights = clients(seed, count)
+    found = fold(tensors, weights, block)
+    stacked = np.stack([t["w"].double().numpy() for t in tensors])
+    expected = np.average(stacked, axis=0, weights=weights)
+    np.testing.assert_allclose(found["w"].numpy(), expected, rtol=1e-6, atol=1e-7)
+    assert (found["w"].numpy() <= stacked.max(0) + 1e-6).all()
+    assert (found["w"].numpy() >= stacked.min(0) - 1e-6).all()
+    assert found["count"].dtype == torch.int64
+
+
+def test_the_mean_of_equal_tensors_is_the_tensor_to_the_bit():
+    tensors, weights = clients(3, 1)
+    assert torch.equal(fold(tensors * 7, weights * 7, 3)["w"], tensors[0]["w"])
+
+
+def test_a_block_of_one_has_the_bits_of_a_scaled_sum():
+    tensors, weights = clients(5, 4)
+    lazy = [Partial.of(dict(t), w) for t, w in zip(tensors, weights)]
+    eager = [Partial({n: v.double() * w for n, v in t.items()}, w) for t, w in zip(tensors, weights)]
+    assert torch.equal(mean(merge(lazy), tensors[0])["w"], mean(merge(eager), tensors[0])["w"])
