@@ -14,6 +14,7 @@ from torch import nn
 from fedsim.errors import ConfigError
 
 NORMS = ("bn", "gn", "ln", "none")
+BUFFERS = {"running_mean": "stats", "running_var": "stats", "num_batches_tracked": "counter"}
 
 # SyncBatchNorm and timm's BatchNormAct2d are _BatchNorm. LocalResponseNorm has no tensors.
 NORM_TYPES: tuple[type[nn.Module], ...] = (
@@ -25,15 +26,15 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
 )
 
 
-def make_norm(kind: str, channels: int, *, dims: int) -> nn.Module:
+def make_norm(kind: str, channels: int, *, dims: int = 2) -> nn.Module:
     """A normalization layer for images [B, C, H, W] (``dims`` 2) or vectors [B, C] (``dims`` 1).
 
     bn: BatchNorm. gn: GroupNorm of 32 groups, or as many as divide both 32 and C; on vectors, groups of 16 values at
     least (a group of one value normalizes to 0, of two to +-1). ln: LayerNorm; on images over (C, H, W) with affine
     parameters per channel, as timm's GroupNorm1, not per element as ``nn.LayerNorm([C, H, W])``. none: Identity.
     """
-    if kind not in NORMS or dims not in (1, 2):
-        raise ConfigError(f"model.norm = '{kind}' for {dims}-d features: expected one of {', '.join(NORMS)}, dims 1 or 2")
+    if kind not in NORMS:
+        raise ConfigError(f"model.norm = '{kind}': no such normalization; known: {', '.join(NORMS)}")
     if kind == "bn":
         return nn.BatchNorm2d(channels) if dims == 2 else nn.BatchNorm1d(channels)
     if kind == "gn":
@@ -63,8 +64,7 @@ def classify(model: nn.Module) -> dict[str, str]:
     def kind(name: str) -> str:
         if name in parameters:
             return "affine" if name in norms else "weight"
-        attribute = name.rpartition(".")[2] if name in norms else ""
-        return {"running_mean": "stats", "running_var": "stats", "num_batches_tracked": "counter"}.get(attribute, "buffer")
+        return BUFFERS.get(name.rpartition(".")[2], "buffer") if name in norms else "buffer"
 
     return {name: kind(name) for name in model.state_dict()}
 
