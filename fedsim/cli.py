@@ -83,6 +83,29 @@ def resume(
     report([path], path)
 
 
+@app.command()
+def sweep(
+    configs: Annotated[list[Path], typer.Argument(help="TOML files")],
+    grid: Annotated[
+        list[str],
+        typer.Option("--grid", metavar="A.B=V,V", help="values to try, e.g. training.lr=0.01,0.1; repeatable"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the runs: OUT/NAME/POINT")],
+    set: Set = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs side by side, one process each")] = 2,
+) -> None:
+    """Run configurations over a grid of values; names the best of each by validation, if examples are held out.
+
+    A finished run is kept and an unfinished one resumed when the same sweep is started again.
+    """
+    from fedsim.sweep import best, parse_grid
+    from fedsim.sweep import sweep as run_sweep
+
+    results = run_sweep(configs, parse_grid(grid), list(set or []), out, jobs)
+    for name, (point, accuracy) in best(results).items():
+        print(f"{name}: best on validation at {' '.join(point)} ({accuracy:.2%})")
+
+
 @app.command(name="list")
 def list_() -> None:
     """List strategies, the parts of each axis with their options, models and data sets."""

@@ -88,7 +88,8 @@ class SimulationGrid(Grid):
         arrays = next(iter(content.array_records.values()))
         config = next(iter(content.config_records.values()), ConfigRecord())
         known = self.federation.shared
-        shared = {n: v for n, v in to_tensors(arrays).items() if n in known}
+        # Flower's own aggregation returns counters as float64.
+        shared = {n: v.to(known[n].dtype) for n, v in to_tensors(arrays).items() if n in known}
         scalars = {n: float(v) for n, v in config.items() if n == "lr"}  # type: ignore[arg-type]
         round = int(config.get("server-round", 1))  # type: ignore[arg-type]
         return Order(round, shared, scalars=scalars, fold=False), -1

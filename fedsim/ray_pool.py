@@ -23,15 +23,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fedsim.errors import ConfigError
 from fedsim.pool import WorkerLost
+from fedsim.processes import ALLOCATOR
 from fedsim.worker import Worker, WorkerSpec
-
-# glibc gives large blocks back to the kernel after every batch; keeping them saves a quarter of a CNN's CPU time.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 def _from_numpy(array: Any) -> torch.Tensor:

@@ -31,7 +31,7 @@ def test_all_errors_at_once_with_place_expectation_and_finding():
     [
         ({"strategy": "fedbm"}, "did you mean 'fedbn'"),
         ({"normalization": "locale"}, "did you mean 'local'"),
-        ({"strategy": "fedprox", "mo": 0.1}, "did you mean 'mu'"),
+        ({"strategy": "fedprox", "mo": 0.1}, "its options: mu"),
         ({"strategy": "fedprox", "mu": "big"}, "expected float"),
         ({"strategy": "fedavg", "mu": 0.1}, "no option of fedavg"),
     ],

@@ -1,0 +1,102 @@
+"""Many runs of several configurations over a grid of values, side by side in processes; the best by validation.
+
+Finished runs are kept and unfinished ones resumed, so a sweep can be stopped and started again. Values are compared on
+held-out training examples (``federation.validation``), never on a test split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from fedsim.config import Config, load_config
+from fedsim.errors import ConfigError
+from fedsim.processes import ALLOCATOR
+
+
+def parse_grid(items: Sequence[str]) -> dict[str, list[str]]:
+    """``["training.lr=0.01,0.1", "seed=0,1"]`` -> values by key.
+
+    Raises:
+        ConfigError: an item is not KEY=VALUE,VALUE,...
+    """
+    grid = {}
+    for item in items:
+        key, equals, values = item.partition("=")
+        if not equals or not values:
+            raise ConfigError(f"--grid {item}: expected KEY=VALUE,VALUE,..., for example training.lr=0.01,0.1")
+        grid[key.strip()] = [v.strip() for v in values.split(",")]
+    return grid
+
+
+def points(grid: dict[str, list[str]]) -> list[list[str]]:
+    """Every combination, as ``--set`` items; the last key changes fastest."""
+    return [[f"{k}={v}" for k, v in zip(grid, combination)] for combination in itertools.product(*grid.values())]
+
+
+def folder_name(point: Sequence[str]) -> str:
+    """``["training.lr=0.1", "seed=1"]`` -> ``lr-0.1_seed-1``."""
+    parts = [item.partition("=") for item in point]
+    return "_".join(f"{key.rpartition('.')[2]}-{value}" for key, _, value in parts) or "run"
+
+
+def sweep(
+    files: Sequence[Path], grid: dict[str, list[str]], overrides: list[str], out: Path, jobs: int
+) -> list[tuple[Config, list[str], Path]]:
+    """Run every file at every point of the grid into ``out/NAME/POINT``; returns (configuration, point, folder).
+
+    Raises:
+        ConfigError, DataError: a configuration is bad, before anything runs.
+    """
+    from fedsim.registry import resolve
+
+    todo = []
+    for file in files:
+        for point in points(grid):
+            config = load_config(file, [*overrides, *point, "simulation.workers=0"])
+            resolve(config)
+            todo.append((config, point, out / config.name / folder_name(point)))
+    os.environ.update({k: v for k, v in ALLOCATOR.items() if k not in os.environ})
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(_job, config.as_dict(), str(folder)) for config, _, folder in todo]
+        for (_, _, folder), job in zip(todo, running):
+            print(f"{folder}: mean accuracy {job.result():.2%}", flush=True)
+    return todo
+
+
+def _job(values: dict, folder: str) -> float:
+    from fedsim.config import parse_config
+    from fedsim.run import resume, run
+
+    path = Path(folder)
+    if (path / "summary.json").exists():
+        return json.loads((path / "summary.json").read_text())["mean_accuracy"]
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+        summary = resume(path) if (path / "config.toml").exists() else run(parse_config(values), path)
+    return summary["mean_accuracy"]
+
+
+def best(results: Sequence[tuple[Config, list[str], Path]]) -> dict[str, tuple[list[str], float]]:
+    """Configuration name -> (grid point, validation accuracy) of its best run; seeds at a point are averaged.
+
+    Empty if the runs held no validation data out.
+    """
+    scores: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    for config, point, folder in results:
+        summary = json.loads((folder / "summary.json").read_text())
+        if "validation_accuracy" in summary:
+            setting = tuple(item for item in point if not item.startswith("seed="))
+            scores.setdefault((config.name, setting), []).append(summary["validation_accuracy"])
+    chosen: dict[str, tuple[list[str], float]] = {}
+    for (name, setting), values in scores.items():
+        mean = sum(values) / len(values)
+        if name not in chosen or mean > chosen[name][1]:
+            chosen[name] = (list(setting), mean)
+    return chosen

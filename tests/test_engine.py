@@ -1,0 +1,177 @@
+"""The engine: one result on any number of workers, vmap against the loop, what leaves a client and what does not."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.checkpoint import state_sha256
+from fedsim.pool import InProcess, WorkerLost
+from fedsim.registry import presets
+from fedsim.types import Order
+from tests.conftest import Small
+
+STRATEGIES = [name for name in presets() if name != "centralised"]
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    from fedsim.ray_pool import session
+
+    with session(3):
+        yield
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn"])
+@pytest.mark.parametrize("executor", ["loop", "vmap"])
+def test_one_hash_for_any_number_of_workers(dataset, ray_session, workers, strategy, executor):
+    from fedsim.ray_pool import RayPool
+
+    pool = lambda spec: RayPool(spec, workers)  # noqa: E731
+    sections = {"algorithm": {"strategy": strategy}, "simulation": {"executor": executor, "block": 2}}
+    alone = state_sha256(Small(dataset, **sections).run(2))
+    small = Small(dataset, pool=pool, **sections)
+    found = state_sha256(small.run(2))
+    small.federation.pool.close()
+    assert found == alone
+
+
+def test_another_seed_gives_other_numbers(dataset):
+    assert state_sha256(Small(dataset, seed=0).run(1)) != state_sha256(Small(dataset, seed=1).run(1))
+
+
+class Backwards(InProcess):
+    """Results in the opposite order of the calls."""
+
+    def map(self, method, common, calls):
+        yield from reversed(list(super().map(method, common, calls)))
+
+
+@pytest.mark.parametrize("executor", ["loop", "vmap"])
+def test_the_order_of_arrival_changes_no_bit(dataset, executor):
+    sections = {"simulation": {"executor": executor, "block": 1}}
+    forwards = Small(dataset, **sections).run(2)
+    assert state_sha256(Small(dataset, pool=Backwards, **sections).run(2)) == state_sha256(forwards)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_vmap_agrees_with_the_loop(dataset, strategy):
+    loop = Small(dataset, algorithm={"strategy": strategy}, simulation={"executor": "loop"})
+    vmap = Small(dataset, algorithm={"strategy": strategy}, simulation={"executor": "vmap"})
+    agree(loop, vmap)
+
+
+@pytest.mark.parametrize("training", [{"momentum": 0.9, "weight-decay": 0.01}, {"optimizer": "adam", "lr": 0.001}])
+def test_vmap_agrees_with_the_loop_under_every_optimizer(dataset, training):
+    # Without BatchNorm: it makes the gradient of the bias before it pure rounding error, and Adam divides by its size.
+    sections = {"training": training, "model": {"norm": "none"}}
+    agree(*(Small(dataset, **sections, simulation={"executor": e}) for e in ("loop", "vmap")))
+
+
+def agree(loop: Small, vmap: Small, rounds: int = 3) -> None:
+    """Server state and every client's private state within 1e-4 of each other, relative to the tensor's size."""
+    a, b = loop.run(rounds), vmap.run(rounds)
+    assert a.keys() == b.keys()
+    pairs = [(n, a[n], b[n]) for n in a]
+    for client in range(len(loop.federation)):
+        mine, theirs = loop.federation.state(client), vmap.federation.state(client)
+        pairs += [(n, mine.private[n], theirs.private[n]) for n in mine.private]
+    for name, x, y in pairs:
+        x, y = x.double(), y.double()
+        assert (x - y).norm() <= 1e-4 * max(x.norm(), 1e-2), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_private_tensors_never_appear_in_a_message(dataset, strategy):
+    small = Small(dataset, algorithm={"strategy": strategy})
+    private = small.task.private
+    state = small.strategy.init(small.federation.shared)
+    for round in (1, 2):
+        for order in small.strategy.orders(round, state):
+            assert not private & order.shared.keys()
+            assert not private & order.extra.keys()
+            results = small.federation.train_blocks(Order(round, order.shared, fold=False), [0, 1, 2])
+            for reply in (r for result in results for r in result.replies):
+                assert not private & reply.shared.keys()
+                assert not private & reply.report.keys()
+            state = small.strategy.aggregate(round, state, order, small.federation.train(order, [0, 1, 2]))
+        assert not private & state.keys()
+
+
+def test_fedavg_is_the_weighted_numpy_mean_running_statistics_included(dataset):
+    small = Small(dataset)
+    order = Order(1, small.federation.shared, fold=False)
+    replies = small.federation.train(order, [0, 1, 2])
+    mean = small.strategy.aggregate(1, small.federation.shared, order, replies)
+    weights = [40, 33, 37]  # the shards' sizes
+    statistics = [n for n, k in small.task.kinds.items() if k == "stats"]
+    assert statistics
+    for name in [*statistics, *small.task.trainable]:
+        stacked = np.stack([r.shared[name].double().numpy() for r in replies.singles])
+        np.testing.assert_allclose(
+            mean[name].numpy(), np.average(stacked, axis=0, weights=weights), rtol=1e-6, atol=1e-7
+        )
+    counters = [n for n, k in small.task.kinds.items() if k == "counter"]
+    assert all(mean[n].dtype == torch.int64 for n in counters)
+
+
+def test_the_loop_is_plain_torch(dataset):
+    """Client 1's first round, written out with a module, torch.optim and the batch plan."""
+    from fedsim.batches import batch_plan
+    from fedsim.build import task_of
+
+    small = Small(dataset)
+    order = Order(1, small.federation.shared, fold=False)
+    (reply,) = small.federation.train(order, [1]).singles
+    model = task_of(small.config, small.parts, 4, dataset.shape).model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    plan, _ = batch_plan(small.shards[1], batch_size=8, smallest=2, seed=0, round=1, client=1)
+    for batch in plan:
+        x = torch.from_numpy(dataset.x_train[batch]).float() / 255
+        x = (x - torch.tensor(dataset.mean).view(3, 1, 1)) / torch.tensor(dataset.std).view(3, 1, 1)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), torch.from_numpy(dataset.y_train[batch])).backward()
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(reply.shared[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_scores_each_distinct_model_and_domain_once(dataset):
+    shared = Small(dataset)
+    scores = shared.federation.evaluate(shared.federation.shared)
+    assert [(s.client, s.domain, s.examples) for s in scores] == [(-1, d, 20) for d in dataset.domains]
+    personal = Small(dataset, algorithm={"strategy": "fedbn"})
+    scores = personal.federation.evaluate(personal.federation.shared)
+    assert [(s.client, s.domain) for s in scores] == list(enumerate(dataset.domains))
+
+
+class Breaking(InProcess):
+    """The second block's worker dies for good."""
+
+    def map(self, method, common, calls):
+        for number, result in super().map(method, common, calls):
+            yield number, WorkerLost("its worker died 3 times") if number == 1 else result
+
+
+def test_a_lost_block_is_reported_and_the_rest_counts(dataset):
+    small = Small(dataset, pool=Breaking, simulation={"block": 1})
+    replies = small.federation.train(Order(1, small.federation.shared), [0, 1, 2])
+    assert [r.client for r in replies.singles] == [0, 2]
+    assert [(f.client, f.stage) for f in small.federation.failures] == [(1, "worker")]
+
+
+def test_sampling_depends_on_seed_and_round_alone(dataset):
+    small = Small(dataset)
+    small.federation.cohort = 2
+    rounds = [small.federation.sample(r) for r in range(1, 30)]
+    assert rounds == [small.federation.sample(r) for r in range(1, 30)]
+    assert all(len(set(c)) == 2 and c == sorted(c) for c in rounds)
+    assert {i for c in rounds for i in c} == {0, 1, 2}
+
+
+def test_a_diverging_client_is_left_out_by_name(dataset):
+    small = Small(dataset, training={"lr": 1e20})
+    assert not small.federation.train(Order(1, small.federation.shared), [0]).singles
+    (failure,) = small.federation.failures
+    assert (failure.client, failure.stage) == (0, "update")
+    assert "not finite" in failure.reason or "loss is" in failure.reason

@@ -1,0 +1,177 @@
+"""Whole runs through the command line: summary, resume after a real kill, interruption, damage, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+name = "bars"
+rounds = 6
+[federation]
+dataset = "folder"
+root = "{root}"
+[training]
+batch-size = 8
+lr = 0.05
+[algorithm]
+strategy = "{strategy}"
+[simulation]
+workers = 0
+[evaluation]
+every = 2
+[checkpoint]
+every = 1
+"""
+KEYS = """strategy model dataset seed rounds clients accuracy mean_accuracy worst_accuracy examples_seen bytes_up
+bytes_down train_flops seconds peak_rss_bytes state_sha256 rejected_updates retried_clients executor workers block"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A folder <root>/<domain>/<class>/*.png of bars."""
+    import numpy as np
+    from PIL import Image
+
+    root, draw = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
+    for number, domain in enumerate(("photo", "sketch")):
+        for label in range(3):
+            folder = root / domain / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(12):
+                image = draw.normal(80 + 60 * number, 15, (12, 12, 3))
+                image[:, label * 4 : label * 4 + 4] += 60
+                Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def config(tree, tmp_path):
+    def write(strategy: str = "fedbn") -> Path:
+        path = tmp_path / f"{strategy}.toml"
+        path.write_text(CONFIG.format(root=tree, strategy=strategy))
+        return path
+
+    return write
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def fedsim(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fedsim.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_a_run_leaves_everything_behind(config, tmp_path):
+    done = fedsim("run", config(), "--out", tmp_path / "r")
+    found = summary(tmp_path / "r")
+    assert set(KEYS.split()) <= found.keys()
+    assert set(found["accuracy"]) == {"photo", "sketch"}
+    assert found["worst_accuracy"] == min(found["accuracy"].values())
+    assert found["mean_accuracy"] == pytest.approx(sum(found["accuracy"].values()) / 2)
+    for name in ("config.toml", "metrics.sqlite", "events.jsonl", "plots/accuracy_by_domain.png"):
+        assert (tmp_path / "r" / name).stat().st_size > 0
+    assert "photo" in done.stdout
+    assert "sketch" in done.stdout
+    again = fedsim("run", tmp_path / "r" / "config.toml", "--out", tmp_path / "again")
+    assert again.returncode == 0
+    assert summary(tmp_path / "again")["state_sha256"] == found["state_sha256"]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn"])
+def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path, strategy):
+    undisturbed, killed = tmp_path / "whole", tmp_path / "killed"
+    fedsim("run", config(strategy), "--out", undisturbed)
+    command = [sys.executable, "-m", "fedsim.cli", "run", str(config(strategy)), "--out", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    deadline = time.time() + 120
+    while not list((killed / "checkpoints").glob("*.json")) and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "summary.json").exists()
+    fedsim("resume", killed)
+    assert summary(killed)["state_sha256"] == summary(undisturbed)["state_sha256"]
+    assert summary(killed)["accuracy"] == summary(undisturbed)["accuracy"]
+    assert "resumed" in (killed / "events.jsonl").read_text()
+
+
+def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
+    command = [sys.executable, "-m", "fedsim.cli", "run", str(config()), "--set", "rounds=100000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "r")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.time() + 120
+    while not list((tmp_path / "r" / "checkpoints").glob("*.json")) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "fedsim resume" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "missing.toml"], "missing.toml: no such configuration file"),
+        (["run", "{config}", "--set", "training.lrr=1"], "did you mean 'lr'"),
+        (["run", "{config}", "--set", "algorithm.strategy=fedbm"], "did you mean 'fedbn'"),
+        (["run", "{config}", "--set", "federation.root=/nowhere"], "/nowhere"),
+        (["run", "{config}", "--set", "federation.domains=photo,oil"], "oil"),
+        (["run", "{config}", "--set", "model.name=alexnet"], "64x64"),
+        (["run", "{config}", "--set", "model.norm=none"], "no normalization layer"),
+        (["run", "{config}", "--set", "federation.clients-per-round=9"], "2 clients"),
+        (["run", "{config}", "--seed", "one"], "expected a whole number"),
+        (["resume", "nowhere"], "no run directory"),
+        (["table", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(config, tmp_path, arguments, expected):
+    filled = [a.format(config=config()) for a in arguments]
+    out = ["--out", tmp_path / "r"] if arguments[0] == "run" else []
+    done = fedsim(*filled, *out, check=False)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert not (tmp_path / "r").exists(), "nothing half-written"
+
+
+def test_a_run_directory_is_not_overwritten(config, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.toml").write_text("precious")
+    done = fedsim("run", config(), "--out", tmp_path / "r", check=False)
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr
+    assert (tmp_path / "r" / "config.toml").read_text() == "precious"
+
+
+def test_resume_refuses_other_numerics(config, tmp_path):
+    fedsim("run", config(), "--out", tmp_path / "r")
+    path = tmp_path / "r" / "config.toml"
+    path.write_text(path.read_text().replace('executor = "loop"', 'executor = "vmap"'))
+    done = fedsim("resume", tmp_path / "r", check=False)
+    assert done.returncode == 2
+    assert "executor was 'loop', is 'vmap'" in done.stderr
+
+
+def test_help_without_arguments():
+    done = fedsim(check=False)
+    assert "fedsim run" in done.stdout + done.stderr
