@@ -33,6 +33,7 @@ class Section(BaseModel):
 class Federation(Section):
     dataset: str = "digits"
     root: str = Field("", description="folder of your own copy of the data set; empty for the built-in suite")
+    image_size: Annotated[int, Field(ge=0)] = Field(0, description="pixels a side of your own images; 0: the default")
     domains: str = Field("", description="comma-separated; empty: all domains of the data set")
     clients_per_domain: Count = 1
     partition: Literal["iid", "dirichlet", "shards", "quantity", "pooled"] = "iid"
