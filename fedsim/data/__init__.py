@@ -18,8 +18,9 @@ from fedsim.errors import ConfigError
 NAMES = ("digits", "digits-five", "office-caltech-10", "domainnet-10", "folder", "idx")
 IMAGE_SIZE = {"office-caltech-10": 256, "domainnet-10": 256, "folder": 64}
 # FedBN scales digits to -1..1 and gives Office-Caltech-10 and DomainNet-10 to the network as 0..1.
-CENTRED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+Channels = tuple[float, ...]
+CENTRED: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PLAIN: tuple[Channels, Channels] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def load_dataset(

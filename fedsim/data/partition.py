@@ -104,7 +104,7 @@ def _top_up(parts: list[np.ndarray], least: int) -> list[np.ndarray]:
     heapq.heapify(richest)
     taken: dict[int, int] = {}
     for client in small:
-        gained = []
+        gained: list[int] = []
         while len(parts[client]) + len(gained) < least:
             size, giver = heapq.heappop(richest)
             position = len(parts[giver]) - 1 - taken.get(giver, 0)

@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 def contact_sheet(dataset: Dataset, domain: str, columns: int = 14, scale: int = 3) -> Image.Image:
     """The first training images of every class, a row a class."""
     x, y = dataset.x_train, dataset.y_train
-    channels, height, width = dataset.shape
+    _, height, width = dataset.shape
     sheet = np.full(
         ((height + 1) * len(dataset.classes) + 1, (width + 1) * columns + 1, 3), (255, 0, 255), np.uint8
     )  # magenta: no picture looks like a gap

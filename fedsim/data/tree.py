@@ -83,7 +83,8 @@ def read_list(root: Path, file: Path, count: int) -> Listing:
 def split_listing(listing: Listing, seed: int, domain: int) -> dict[str, Listing]:
     """Stratified: of every class a fifth, rounded, for testing."""
     draw = generator(seed, client=domain, purpose="partition")
-    labels, out = np.array([label for _, label in listing]), {"train": [], "test": []}
+    labels = np.array([label for _, label in listing])
+    out: dict[str, Listing] = {"train": [], "test": []}
     for label in np.unique(labels):
         rows = draw.permutation(np.flatnonzero(labels == label))
         count = round(TEST_SHARE * len(rows))

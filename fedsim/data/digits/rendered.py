@@ -70,7 +70,7 @@ def synth(draw: np.random.Generator, split: str, size: int) -> Drawn:
     pixels = pixels * (1 - cover) + ink.astype(np.float32) * cover
     blur = ImageFilter.GaussianBlur(float(min(5, draw.gamma(1.2, 1.3))))
     image = to_image(pixels).filter(blur).resize((size, size), Image.Resampling.LANCZOS)
-    out = np.asarray(image, np.float32)
+    out: np.ndarray = np.asarray(image, np.float32)
     if draw.random() < 0.5:
         out = out + draw.normal(0, draw.uniform(0, 6), out.shape)
     return np.clip(out, 0, 255).astype(np.uint8), label
@@ -211,7 +211,7 @@ def _camera(draw: np.random.Generator, pixels: np.ndarray, size: int) -> np.ndar
     resolution = int(np.clip(math.exp(draw.normal(math.log(26), 0.42)), 10, 64))
     blur = ImageFilter.GaussianBlur(float(draw.uniform(0.2, 0.8) * CANVAS / max(resolution, 24)))
     image = to_image(pixels).filter(blur).resize((resolution, resolution), Image.Resampling.BOX)
-    values = np.asarray(image, np.float32)
+    values: np.ndarray = np.asarray(image, np.float32)
     values = values + draw.normal(0, draw.uniform(0.5, 5), (resolution, resolution, 1))
     values = values + draw.normal(0, draw.uniform(0, 2.5), (resolution, resolution, 3))
     buffer = io.BytesIO()

@@ -10,8 +10,8 @@
 | street    | rendered    | 743 / 1500      | house numbers; a stand-in for SVHN, not SVHN                          |
 
 743 is FedBN's ten per cent of the smallest domain. Image i of a domain's split depends on (seed, domain, split, i)
-alone: not on the counts, not on the number of processes. Train and test share no source: no MNIST digit, no row, no region
-of a photograph; mnist and mnistm share no digit either.
+alone: not on the counts, not on the number of processes. Train and test share no source: no MNIST digit, no row, no
+region of a photograph; mnist and mnistm share no digit either.
 """
 
 from __future__ import annotations
