@@ -95,13 +95,13 @@ def accuracy_by_domain(runs: Sequence[RunDirectory]) -> Figure:
         panel.set_visible(False)
     figure.supxlabel("communication round", fontsize=SMALL + 1)
     figure.supylabel(y, fontsize=SMALL + 1)
-    _legend_below(figure, grid[0], len(methods))
+    _legend_above(figure, grid[0], len(methods))
     return figure
 
 
-def _legend_below(figure: Figure, axes: Axes, count: int) -> None:
+def _legend_above(figure: Figure, axes: Axes, count: int) -> None:
     handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=min(count, 5), fontsize=SMALL, frameon=False)
+    figure.legend(*handles, loc="outside upper center", ncols=min(count, 5), fontsize=SMALL, frameon=False)
 
 
 def final_accuracy(runs: Sequence[RunDirectory]) -> Figure:
@@ -128,7 +128,7 @@ def final_accuracy(runs: Sequence[RunDirectory]) -> Figure:
     _axes(axes, "domain", "final accuracy (%)")
     axes.grid(axis="x", visible=False)
     axes.set_axisbelow(True)
-    _legend_below(figure, axes, len(methods))
+    _legend_above(figure, axes, len(methods))
     return figure
 
 
@@ -148,7 +148,7 @@ def client_heatmap(run: RunDirectory) -> Figure:
     if len(owners) <= 40:
         labels = [f"{domain}, client {client}" if client >= 0 else domain for domain, client in owners]
         axes.set_yticks(range(len(owners)), labels, fontsize=SMALL)
-    ticks = np.unique(np.linspace(0, len(rounds) - 1, min(len(rounds), 8)).astype(int))
+    ticks = np.arange(len(rounds) - 1, -1, -math.ceil(len(rounds) / 10))[::-1]  # even steps that end at the last round
     axes.set_xticks(ticks, [rounds[t] for t in ticks], fontsize=SMALL)
     axes.set_xlabel("communication round", fontsize=SMALL + 1)
     axes.set_title(run.method, fontsize=SMALL + 2, loc="left")
