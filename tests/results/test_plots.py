@@ -1,0 +1,59 @@
+"""Pictures: what is in them, and that files are written."""
+
+import pytest
+from PIL import Image
+
+from fedsim.results.plots import accuracy_by_domain, client_heatmap, draw_all, final_accuracy, learning_rates
+from fedsim.results.run import find_runs
+from tests.results.conftest import write_run
+
+
+def texts(figure) -> set[str]:
+    legends = {t.get_text() for legend in figure.legends for t in legend.get_texts()}
+    labels = {a.get_xlabel() for a in figure.axes} | {a.get_ylabel() for a in figure.axes}
+    titles = {a.get_title(loc="left") for a in figure.axes}
+    return legends | labels | titles | {t.get_text() for t in figure.texts} | {
+        t.get_text() for t in (figure._supxlabel, figure._supylabel) if t
+    }  # fmt: skip
+
+
+def test_panels_by_domain_with_a_line_a_method(runs):
+    figure = accuracy_by_domain(find_runs(runs))
+    assert {"fedavg", "fedbn", "mnist", "street", "communication round"} <= texts(figure)
+    lines = figure.axes[0].get_lines()
+    assert lines[0].get_ydata().tolist() == pytest.approx([42.5, 85.0])  # the mean of 45, 40 and of 90, 80
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 2
+
+
+def test_one_method_has_a_line_a_domain(runs):
+    assert {"mnist", "street", "accuracy on the domain's test split (%)"} <= texts(
+        accuracy_by_domain(find_runs(runs[:2]))
+    )
+
+
+def test_bars_and_whiskers(runs):
+    figure = final_accuracy(find_runs(runs))
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights[:3] == pytest.approx([85, 55, 70])
+    assert "final accuracy (%)" in texts(figure)
+
+
+def test_heat_map_values(runs):
+    image = client_heatmap(find_runs(runs[:1])[0]).axes[0].get_images()[0].get_array()
+    assert image.tolist() == [[45.0, 90.0], [25.0, 50.0]]
+
+
+def test_learning_rates_only_where_there_are_any(runs, tmp_path):
+    assert learning_rates(find_runs(runs[:1])[0]) is None
+    adapted = write_run(tmp_path / "hyper", "fedhyper", 0, (0.5, 0.5), rates=True)
+    figure = learning_rates(find_runs([adapted])[0])
+    assert figure.axes[0].get_lines()[0].get_ydata().tolist() == [3.0, 5.0]
+    assert {"server rate alpha", "client rate beta (mean of the domain)"} <= texts(figure)
+
+
+def test_every_picture_is_written_as_png_and_svg(runs, tmp_path):
+    paths = draw_all(find_runs(runs), tmp_path / "plots")
+    assert {p.stem for p in paths} >= {"accuracy_by_domain", "final_accuracy", "client_heatmap_fedbn_seed0"}
+    for path in paths:
+        assert min(Image.open(path).size) > 200
+        assert path.with_suffix(".svg").read_text().startswith("<?xml")
