@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 
 import torch
-from fedsim.models.norm import NORM_TYPES, classify, make_norm, norm_names, replace_modules
 from torch import Tensor, nn
 
 from clients.clipping import AdaptiveGradientClipping
 from fedsim.config import Config
 from fedsim.local import ClientTask
+from fedsim.models.norm import NORM_TYPES, classify, make_norm, norm_names, replace_modules
 from fedsim.plugin import Plugin
 from fedsim.registry import Part, register
 from fedsim.types import Order

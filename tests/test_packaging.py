@@ -1,0 +1,43 @@
+"""What is written twice must agree: Flower's list of keys, the package's data, the rule about pickles."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from fedsim.config import Config, kebab
+from fedsim.data.digits.sources import PACK
+from fedsim.recipes import quick_recipe
+from fedsim.registry import AXES, options_of, parts
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_flower_may_override_every_key_and_starts_from_our_defaults():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    expected = Config().as_dict()
+    for axis in AXES:
+        for builder in parts(axis).values():
+            expected["algorithm"] |= {kebab(k): v for k, v in options_of(builder).items()}
+    assert listed == expected
+
+
+def test_the_pack_and_the_recipes_are_there():
+    assert {p.name for p in PACK.iterdir()} >= {
+        "mnist5k.npz",
+        "mfeat.npz",
+        "optdigits.npz",
+        "digit_fonts.zip",
+        "README.md",
+    }
+    assert all(path.exists() for path in quick_recipe())
+
+
+def test_nothing_unpickles_but_the_restricted_reader():
+    suspicious = re.compile(r"pickle\.loads?\(|allow_pickle=True|torch\.load\(|weights_only=False|Unpickler\(")
+    found = {
+        str(path.relative_to(ROOT))
+        for package in ("fedsim", "strategies", "clients")
+        for path in (ROOT / package).rglob("*.py")
+        if suspicious.search(path.read_text())
+    }
+    assert found == {"fedsim/data/fedbn.py"}
