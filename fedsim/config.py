@@ -66,6 +66,7 @@ class Training(Section):
     decay: Annotated[float, Field(gt=0, le=1)] = Field(0.995, description="factor of exponential and step")
     decay_every: Count = 10
     augment: str = "none"
+    dtype: Literal["float32", "float64"] = Field("float32", description="float64: to tell rounding from mistakes")
 
 
 class Algorithm(BaseModel):

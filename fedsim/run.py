@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedsim.build import Plan, federation_of, plan
@@ -20,6 +21,7 @@ from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.config import Config, load_config
 from fedsim.engine import Federation
 from fedsim.errors import ConfigError, DataError, FedsimError
+from fedsim.examples import Examples
 from fedsim.flops import forward_flops, training_flops
 from fedsim.results.progress import Progress
 from fedsim.results.store import MetricStore
@@ -58,6 +60,7 @@ def numerics(config: Config) -> dict[str, Any]:
         "executor": config.simulation.executor,
         "block": config.simulation.block,
         "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
+        "dtype": config.training.dtype,
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
@@ -116,10 +119,8 @@ class _Run:
         self.latest: dict[str, Any] = {}
         self.started = time.perf_counter()
         self.progress = Progress(self.config.name, self.config.rounds)
-        shape = planned.dataset.shape
-        example = torch.zeros(shape) if len(shape) > 1 or planned.dataset.x_train.dtype.kind != "i" else None
-        example = torch.zeros(shape, dtype=torch.int64) if example is None else example
-        self.example_flops = training_flops(forward_flops(planned.task.model, example)[""])
+        x, _ = Examples(planned.dataset, dtype=getattr(torch, self.config.training.dtype)).batch("train", np.array([0]))
+        self.example_flops = training_flops(forward_flops(planned.task.model, x[0])[""])
 
     def go(self, snapshot: Snapshot | None, *, resumed: bool = False) -> dict[str, Any]:
         federation = federation_of(self.plan, self.store, debug=self.debug)

@@ -96,7 +96,7 @@ class Worker:
         self.spec = spec
         self.device = torch.device(spec.device)
         self.task.model.to(self.device)
-        self.examples = Examples(spec.dataset, self.device)
+        self.examples = Examples(spec.dataset, self.device, getattr(torch, spec.training.dtype))
 
     def _plan(self, order: Order, client: int, smallest: int) -> tuple[list[np.ndarray], int]:
         shard, training, seed = self.spec.shards[client], self.spec.training, self.spec.seed

@@ -16,6 +16,7 @@ rounds = 6
 [federation]
 dataset = "folder"
 root = "{root}"
+image-size = 12
 [training]
 batch-size = 8
 lr = 0.05
