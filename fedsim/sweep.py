@@ -49,7 +49,10 @@ def folder_name(point: Sequence[str]) -> str:
 def sweep(
     files: Sequence[Path], grid: dict[str, list[str]], overrides: list[str], out: Path, jobs: int
 ) -> list[tuple[Config, list[str], Path]]:
-    """Run every file at every point of the grid into ``out/NAME/POINT``; returns (configuration, point, folder).
+    """Run every file at every point of the grid into ``out/NAME/POINT``.
+
+    Returns (configuration, point, folder) of the runs that finished; one that fails (a rate too large, say) is named
+    and the others go on.
 
     Raises:
         ConfigError, DataError: a configuration is bad, before anything runs.
@@ -65,22 +68,31 @@ def sweep(
     os.environ.update({k: v for k, v in ALLOCATOR.items() if k not in os.environ})
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(_job, config.as_dict(), str(folder)) for config, _, folder in todo]
-        for (_, _, folder), job in zip(todo, running):
-            print(f"{folder}: mean accuracy {job.result():.2%}", flush=True)
-    return todo
+        finished = []
+        for (config, point, folder), job in zip(todo, running):
+            accuracy, failure = job.result()
+            print(f"{folder}: {failure or f'mean accuracy {accuracy:.2%}'}", flush=True)
+            if failure is None:
+                finished.append((config, point, folder))
+    return finished
 
 
-def _job(values: dict, folder: str) -> float:
+def _job(values: dict, folder: str) -> tuple[float, str | None]:
+    """(mean accuracy, None) or (0, why the run failed)."""
     from fedsim.config import parse_config
+    from fedsim.errors import FedsimError
     from fedsim.run import resume, run
 
     path = Path(folder)
     if (path / "summary.json").exists():
-        return json.loads((path / "summary.json").read_text())["mean_accuracy"]
+        return json.loads((path / "summary.json").read_text())["mean_accuracy"], None
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-        summary = resume(path) if (path / "config.toml").exists() else run(parse_config(values), path)
-    return summary["mean_accuracy"]
+        try:
+            summary = resume(path) if (path / "config.toml").exists() else run(parse_config(values), path)
+        except FedsimError as error:
+            return 0.0, f"failed: {error}"
+    return summary["mean_accuracy"], None
 
 
 def best(results: Sequence[tuple[Config, list[str], Path]]) -> dict[str, tuple[list[str], float]]:

@@ -1,7 +1,7 @@
 """Every model, and every model with every strategy, under both executors: three rounds of the loop and of vmap agree.
 
-In float64, so that a mistake cannot hide behind rounding: with batches of four, BatchNorm amplifies float32's rounding
-a thousandfold in three rounds. ``test_engine`` has the same comparison in float32.
+In float64, so that a mistake cannot hide behind rounding: with batches of four, BatchNorm amplifies a difference
+about a thousandfold each round (MobileNetV2: 1e-13, 2e-10, 7e-7). ``test_engine`` has the same comparison in float32.
 """
 
 import pytest
@@ -25,7 +25,8 @@ def datasets(tmp_path_factory) -> dict[tuple[int, ...], Dataset]:
 
 def both(datasets, model: str, strategy: str) -> tuple[Small, Small]:
     dataset = datasets[SHAPES.get(model, (3, 12, 12))]
-    shards = shards_of(dataset, (8, 7))  # two ragged clients, two steps each
+    # two ragged clients, two steps each; one step of the 57 million parameters is enough
+    shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7))
     sections = {
         "model": {"name": model},
         "algorithm": {"strategy": strategy},
@@ -35,9 +36,10 @@ def both(datasets, model: str, strategy: str) -> tuple[Small, Small]:
     return loop, vmap
 
 
-@pytest.mark.parametrize("model", model_names())
+@pytest.mark.parametrize("model", [m for m in model_names() if m != "alexnet"])
 def test_vmap_agrees_with_the_loop_on_every_model(datasets, model):
-    agree(*both(datasets, model, "fedavg"), tolerance=1e-8)
+    agree(*both(datasets, model, "fedavg"), rounds=1, tolerance=1e-9)
+    agree(*both(datasets, model, "fedavg"))
 
 
 @pytest.mark.slow
@@ -48,4 +50,4 @@ def test_vmap_agrees_with_the_loop_on_every_model_and_strategy(datasets, model, 
         with pytest.raises(ConfigError, match="has no"):
             both(datasets, model, strategy)
         return
-    agree(*both(datasets, model, strategy), tolerance=1e-8)
+    agree(*both(datasets, model, strategy))
