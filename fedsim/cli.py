@@ -111,6 +111,8 @@ def list_() -> None:
     """List strategies, the parts of each axis with their options, models and data sets."""
     from rich.console import Console
 
+    from fedsim.config import kebab, toml_value
+    from fedsim.data import NAMES
     from fedsim.models import model_names
     from fedsim.registry import AXES, options_of, parts, presets
 
@@ -121,9 +123,10 @@ def list_() -> None:
     for axis in AXES[1:]:
         console.print(f"[bold]{axis}[/bold] (algorithm.{axis})")
         for name, builder in parts(axis).items():
-            options = ", ".join(f"{k.replace('_', '-')} = {v!r}" for k, v in options_of(builder).items())
+            options = ", ".join(f"{kebab(k)} = {toml_value(v)}" for k, v in options_of(builder).items())
             console.print(f"  {name:22} {options}", highlight=False)
     console.print("[bold]models[/bold] (model.name)\n  " + ", ".join(model_names()), highlight=False)
+    console.print("[bold]data sets[/bold] (federation.dataset)\n  " + ", ".join(NAMES), highlight=False)
 
 
 @app.command()

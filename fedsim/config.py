@@ -204,14 +204,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def to_toml(config: Config) -> str:
     """The resolved configuration as a TOML file that runs again as it is."""
     values = config.as_dict()
-    lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
+    lines = [f"{k} = {toml_value(v)}" for k, v in values.items() if not isinstance(v, dict)]
     for table, entries in values.items():
         if isinstance(entries, dict):
-            lines += ["", f"[{table}]"] + [f"{k} = {_toml(v)}" for k, v in entries.items()]
+            lines += ["", f"[{table}]"] + [f"{k} = {toml_value(v)}" for k, v in entries.items()]
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Scalar) -> str:
+def toml_value(value: Scalar) -> str:
+    """A scalar as TOML spells it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
