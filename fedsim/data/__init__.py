@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.config import Config
 from fedsim.data import fedbn
-from fedsim.data.dataset import Dataset, cache_folder
+from fedsim.data.dataset import Arrays, Dataset, cache_folder
 from fedsim.data.digits import load_digits
 from fedsim.data.idx import load_idx
 from fedsim.data.partition import Partition, hold_out, partition
+from fedsim.data.progress import bar
 from fedsim.data.tree import load_tree
 from fedsim.errors import ConfigError
 
@@ -24,16 +26,26 @@ PLAIN: tuple[Channels, Channels] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def load_dataset(
-    name: str, root: str = "", seed: int = 0, *, image_size: int = 0, train_per_domain: int = 743, progress: bool = True
+    name: str,
+    root: str | Path | None = None,
+    seed: int = 0,
+    *,
+    image_size: int = 0,
+    train_per_domain: int | None = None,
+    domains: Sequence[str] = (),
+    progress: bool = True,
 ) -> Dataset:
     """A data set by name; the user's own are read from ``root`` once and cached by the names, sizes and times of its
     files.
 
     Args:
-        image_size: pixels a side; 0: that of the papers (28 for digits, 256 for Office and DomainNet), 64 for folders.
+        seed: draws the digits suite, and the split of a folder tree without split lists.
+        image_size: pixels a side of the user's own images; 0: that of the papers (28 for digits, 256 for Office and
+            DomainNet), 64 for folders.
+        train_per_domain, domains: of the digits suite, see ``load_digits``.
 
     Raises:
-        ConfigError: an unknown name, or no root where one is needed.
+        ConfigError: an unknown name, an option of another data set, or no root where one is needed.
         DataError: what is in the root is not what was expected.
     """
     if name not in NAMES:
@@ -41,28 +53,32 @@ def load_dataset(
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(NAMES)}"
         raise ConfigError(f"federation.dataset = '{name}': no such data set; {hint}")
     if name == "digits":
-        return load_digits(seed, train_per_domain, progress=progress)
+        return load_digits(seed, train_per_domain, domains, progress=progress)
+    if train_per_domain is not None or domains:
+        raise ConfigError(f"'{name}': train_per_domain and domains are options of 'digits' alone")
     if not root:
         raise ConfigError(f"federation.dataset = '{name}': set federation.root to the folder of your copy")
     folder, size = Path(root).expanduser(), image_size or IMAGE_SIZE.get(name, 28)
     cached = cache_folder() / f"{name}-{_fingerprint(folder, f'{name} {size} {seed}')}"
     if (cached / "meta.json").exists():
         return Dataset(cached)
-    mean, std = CENTRED
+    arrays, classes, (mean, std) = _read(name, folder, size, seed)
+    total = sum(len(y) for splits in arrays.values() for _, y in splits.values())
+    with bar(f"reading {name}, once", total, show=progress) as tick:
+        return Dataset.from_arrays(name, cached, arrays, classes, mean, std, tick=tick)
+
+
+def _read(name: str, root: Path, size: int, seed: int) -> tuple[Arrays, tuple[str, ...], tuple[Channels, Channels]]:
+    """(arrays, classes, (mean, std))."""
     if name == "digits-five":
-        arrays, classes = fedbn.load_digits_five(folder)
-    elif name == "office-caltech-10":
-        arrays, classes = fedbn.load_paths(folder, "office_caltech_10", fedbn.OFFICE, fedbn.OFFICE_CLASSES, size)
-        mean, std = PLAIN
-    elif name == "domainnet-10":
-        arrays, classes = fedbn.load_paths(folder, "DomainNet", fedbn.DOMAINNET, fedbn.DOMAINNET_CLASSES, size)
-        mean, std = PLAIN
-    elif name == "idx":
-        arrays, classes = load_idx(folder)
-        mean, std = mean[:1], std[:1]
-    else:
-        arrays, classes = load_tree(folder, size, seed)
-    return Dataset.from_arrays(name, cached, arrays, classes, mean, std)
+        return *fedbn.load_digits_five(root), CENTRED
+    if name == "office-caltech-10":
+        return *fedbn.load_office(root, size, seed), PLAIN
+    if name == "domainnet-10":
+        return *fedbn.load_domainnet(root, size), PLAIN
+    if name == "idx":
+        return *load_idx(root), (CENTRED[0][:1], CENTRED[1][:1])
+    return *load_tree(root, size, seed), CENTRED
 
 
 def _fingerprint(root: Path, what: str) -> str:

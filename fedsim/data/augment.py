@@ -23,9 +23,11 @@ def flip(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def rotate(x: Tensor, generator: torch.Generator, degrees: float = 30.0) -> Tensor:
     """Rotate each image by an angle uniform in +-degrees, bilinear, zeros outside."""
+    height, width = x.shape[2:]  # the grid runs from -1 to 1 along both axes, so that a plain rotation would shear
     angle = (torch.rand(len(x), generator=generator) * 2 - 1) * math.radians(degrees)
     cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros(len(x))
-    theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1).to(x)  # [B, 2, 3]
+    rows = [[cos, -sin * height / width, zero], [sin * width / height, cos, zero]]
+    theta = torch.stack([torch.stack(row, 1) for row in rows], 1).to(x)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

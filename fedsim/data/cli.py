@@ -38,9 +38,11 @@ def info(name: Name, root: Root = "") -> None:
 
     dataset = load_dataset(name, root)
     few = len(dataset.classes) <= 12
-    table = Table(
-        "domain", "split", "examples", f"examples of each class ({dataset.classes[0]} .. {dataset.classes[-1]})"
-    )
+    table = Table(box=None, padding=(0, 2, 0, 0))  # 77 columns with ten classes: narrow enough for any terminal or pipe
+    table.add_column("domain")
+    table.add_column("split")
+    table.add_column("examples", justify="right")
+    table.add_column(f"of each class ({dataset.classes[0]} .. {dataset.classes[-1]})", no_wrap=True)
     for domain in dataset.domains:
         for split, labels in (("train", dataset.y_train), ("test", dataset.y_test)):
             rows = dataset.slice(domain, split)

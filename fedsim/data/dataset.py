@@ -10,17 +10,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedsim.data.images import ImageFiles
 from fedsim.errors import DataError
 
 SPLITS = ("train", "test")
-Arrays = Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]  # domain -> split -> (examples, labels)
+DTYPES = ("uint8", "float32", "int64")  # images, features, tokens
+BLOCK = 256  # examples copied at a time
+# domain -> split -> (examples, labels)
+Arrays = Mapping[str, Mapping[str, tuple[np.ndarray | ImageFiles, np.ndarray]]]
 
 
 def cache_folder() -> Path:
@@ -86,7 +90,14 @@ class Dataset:
         }
 
     def slice(self, domain: str, split: str) -> np.ndarray:
-        """Positions (int64) of a domain's examples in a split."""
+        """Positions (int64) of a domain's examples in a split.
+
+        Raises:
+            DataError: no such domain or split.
+        """
+        if (domain, split) not in self._ranges:
+            known = f"domains {', '.join(self.domains)}; splits {', '.join(SPLITS)}"
+            raise DataError(f"{self.name}: no domain '{domain}' with a split '{split}'; it has {known}")
         return self._ranges[domain, split]
 
     @classmethod
@@ -98,48 +109,97 @@ class Dataset:
         classes: tuple[str, ...],
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        *,
+        tick: Callable[[int], None] = lambda count: None,
     ) -> Dataset:
         """Write arrays as a data set and open it. The folder appears whole or not at all.
 
+        Examples are copied a block at a time, so that ``ImageFiles`` larger than the memory will do.
+
+        Args:
+            folder: new, empty, or an older data set, which is replaced.
+            tick: called with the number of examples written.
+
         Raises:
-            DataError: a label outside the classes, or unequal numbers of examples and labels, named by domain.
+            DataError: arrays that make no data set (named by domain and split), or a folder with other things in it.
         """
         folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").exists():
+            raise DataError(f"{folder}: holds something that is no data set; name a new or an empty folder")
+        _check(name, arrays, len(classes))
         temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
         temporary.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
-        for split in SPLITS:
-            for domain, splits in arrays.items():
-                x, y = splits[split]
-                if len(x) != len(y):
-                    raise DataError(f"{name}, domain '{domain}', {split}: {len(x)} examples but {len(y)} labels")
-                if len(y) and not (y.min() >= 0 and y.max() < len(classes)):
-                    raise DataError(
-                        f"{name}, domain '{domain}', {split}: labels from {y.min()} to {y.max()},"
-                        f" expected 0 to {len(classes) - 1}"
-                    )
-            parts = {
-                "x": np.concatenate([s[split][0] for s in arrays.values()]),
-                "y": np.concatenate([s[split][1] for s in arrays.values()]).astype(np.int64),
-                "domain": np.repeat(np.arange(len(arrays)), [len(s[split][1]) for s in arrays.values()]).astype(
-                    np.int16
-                ),
+        try:
+            meta = {
+                "name": name,
+                "domains": list(arrays),
+                "classes": list(classes),
+                "mean": list(mean),
+                "std": list(std),
+                "digest": _write(temporary, arrays, tick),
             }
-            for part, array in parts.items():
-                array = np.ascontiguousarray(array)
-                digest.update(f"{split} {part} {array.dtype} {array.shape}".encode())
-                digest.update(array.tobytes())
-                np.save(temporary / f"{split}_{part}.npy", array, allow_pickle=False)
-        meta = {
-            "name": name,
-            "domains": list(arrays),
-            "classes": list(classes),
-            "mean": list(mean),
-            "std": list(std),
-            "digest": digest.hexdigest(),
-        }
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+            _publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return cls(folder)
+
+
+def _check(name: str, arrays: Arrays, classes: int) -> None:
+    if not arrays:
+        raise DataError(f"{name}: no domains")
+    first = next(iter(next(iter(arrays.values())).values()))[0]
+    for domain, splits in arrays.items():
+        for split in SPLITS:
+            where = f"{name}, domain '{domain}', {split}"
+            if split not in splits or not len(splits[split][1]):
+                raise DataError(f"{where}: no examples; every domain needs some for training and some for testing")
+            x, y = splits[split]
+            if len(x) != len(y):
+                raise DataError(f"{where}: {len(x)} examples but {len(y)} labels")
+            if str(x.dtype) not in DTYPES or (x.dtype, x.shape[1:]) != (first.dtype, first.shape[1:]):
+                expected = (
+                    f"{first.dtype} {tuple(first.shape[1:])}, as the first domain, and one of {', '.join(DTYPES)}"
+                )
+                raise DataError(f"{where}: examples are {x.dtype} {tuple(x.shape[1:])}, expected {expected}")
+            if y.dtype.kind not in "iu" or not (y.min() >= 0 and y.max() < classes):
+                raise DataError(
+                    f"{where}: labels are {y.dtype} from {y.min()} to {y.max()}, expected integers 0 to {classes - 1}"
+                )
+
+
+def _write(folder: Path, arrays: Arrays, tick: Callable[[int], None]) -> str:
+    """The .npy files; returns the SHA-256 of what is in them."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        pairs = [splits[split] for splits in arrays.values()]
+        sizes = [len(y) for _, y in pairs]
+        first = pairs[0][0]
+        shape = (sum(sizes), *first.shape[1:])
+        out = np.lib.format.open_memmap(folder / f"{split}_x.npy", mode="w+", dtype=first.dtype, shape=shape)
+        digest.update(f"{split} x {out.dtype} {out.shape}".encode())
+        row = 0
+        for x, _ in pairs:
+            for start in range(0, len(x), BLOCK):
+                block = np.ascontiguousarray(x[start : start + BLOCK])
+                out[row : row + len(block)] = block
+                digest.update(block.data)
+                row += len(block)
+                tick(len(block))
+        out.flush()
+        labels = np.concatenate([y for _, y in pairs]).astype(np.int64)
+        numbers = np.repeat(np.arange(len(pairs), dtype=np.int16), sizes)
+        for part, array in (("y", labels), ("domain", numbers)):
+            digest.update(f"{split} {part} {array.dtype} {array.shape}".encode())
+            digest.update(array.data)
+            np.save(folder / f"{split}_{part}.npy", array, allow_pickle=False)
+    return digest.hexdigest()
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Move a finished data set to its place, unless another process has just put the same one there."""
+    if (folder / "meta.json").exists():
+        if (folder / "meta.json").read_bytes() == (temporary / "meta.json").read_bytes():
+            return
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)

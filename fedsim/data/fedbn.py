@@ -1,23 +1,20 @@
 """Digits-Five, Office-Caltech-10 and DomainNet-10 in the layout FedBN released (Li et al., ICLR 2021).
 
-Their pickles hold a pair of arrays. They are read by an unpickler that can make numpy arrays and strings and nothing
-else: a pickle can call any function it names, and these come from the network.
-
-    digits:  <root>/<DOMAIN>/{train,test}.pkl and partitions/train_part0.pkl: (images, labels)
-    others:  <root>/<set>/<domain>_{train,test}.pkl: (paths relative to root, class names)
+digits:  <root>/<DOMAIN>/{train,test}.pkl and partitions/train_part0.pkl: (images, labels)
+others:  <root>/<set>/<domain>_{train,test}.pkl: (paths relative to root, class names)
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fedsim.data.images import inside, need_folder, read_images
+from fedsim.data.dataset import Arrays
+from fedsim.data.images import ImageFiles, inside, need_folder
+from fedsim.data.pickles import read_pair
+from fedsim.data.tree import load_tree
 from fedsim.errors import DataError
 
 DIGITS = {"mnist": "MNIST", "svhn": "SVHN", "usps": "USPS", "synthdigits": "SynthDigits", "mnistm": "MNIST_M"}
@@ -47,47 +44,6 @@ DOMAINNET_CLASSES = (
     "wine_glass",
     "zebra",
 )
-Arrays = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
-
-
-class ArraysOnly(pickle.Unpickler):
-    """Admits what numpy arrays of numbers and strings are made of."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),  # how protocol 2 spells bytes
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an array")
-
-
-def read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The pair of arrays in one of FedBN's pickles.
-
-    Raises:
-        DataError: missing, damaged, or holding anything but two arrays of equal length.
-    """
-    try:
-        value = ArraysOnly(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError:
-        raise DataError(f"{path}: does not exist; expected as in FedBN's released package") from None
-    except Exception as error:  # a damaged pickle raises whatever its last opcode happens to raise
-        raise DataError(f"{path}: refused: {error}; expected a pickled pair of numpy arrays") from None
-    if not (isinstance(value, tuple) and len(value) == 2 and all(isinstance(a, np.ndarray) for a in value)):
-        raise DataError(f"{path}: holds {type(value).__name__}, expected a pair of numpy arrays")
-    if len(value[0]) != len(value[1]):
-        raise DataError(f"{path}: {len(value[0])} examples but {len(value[1])} labels")
-    return value
 
 
 def _digit_images(path: Path, x: np.ndarray) -> np.ndarray:
@@ -101,25 +57,49 @@ def _digit_images(path: Path, x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 
+def _digit_labels(path: Path, y: np.ndarray) -> np.ndarray:
+    """int64 [N]; the package has some of shape [N, 1] and some of floats."""
+    if y.dtype.kind not in "iuf" or not np.array_equal(y, np.round(y)):
+        raise DataError(f"{path}: labels are {y.dtype}, expected whole numbers 0 to 9")
+    return y.reshape(-1).astype(np.int64)
+
+
 def load_digits_five(root: Path) -> tuple[Arrays, tuple[str, ...]]:
     """743 training images a domain (part 0 of the ten partitions: the "10 %" of the paper), the whole test set."""
     need_folder(root, f"FedBN's digit_dataset.zip unpacked: {', '.join(DIGITS.values())}")
-    arrays: Arrays = {}
+    if (root / "mnist_data.mat").exists():
+        raise DataError(
+            f"{root}: this is the Digits-Five of M3SDA (.mat files), which holds other images; expected FedBN's"
+            f" digit_dataset.zip unpacked: {', '.join(DIGITS.values())}"
+        )
+    arrays: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for domain, folder in DIGITS.items():
         arrays[domain] = {}
         for split, file in (("train", "partitions/train_part0.pkl"), ("test", "test.pkl")):
             path = root / folder / file
             x, y = read_pair(path)
-            arrays[domain][split] = (_digit_images(path, x), y.reshape(-1).astype(np.int64))
+            arrays[domain][split] = (_digit_images(path, x), _digit_labels(path, y))
     return arrays, tuple(str(d) for d in range(10))
 
 
-def load_paths(
+def load_office(root: Path, size: int, seed: int) -> tuple[Arrays, tuple[str, ...]]:
+    """FedBN's package, or a plain tree of the images without its pickles: then split by the seed, which is said."""
+    plain = next((f for f in (root / "office_caltech_10", root) if (f / OFFICE[0]).is_dir()), None)
+    if plain and not list(plain.glob("*.pkl")):
+        return load_tree(plain, size, seed, OFFICE, OFFICE_CLASSES, {"backpack": "back_pack"})
+    return _load_paths(root, "office_caltech_10", OFFICE, OFFICE_CLASSES, size)
+
+
+def load_domainnet(root: Path, size: int) -> tuple[Arrays, tuple[str, ...]]:
+    """The ten classes of FedBN's pickles; the images are DomainNet's own zips, unpacked under DomainNet/."""
+    return _load_paths(root, "DomainNet", DOMAINNET, DOMAINNET_CLASSES, size)
+
+
+def _load_paths(
     root: Path, name: str, domains: tuple[str, ...], classes: tuple[str, ...], size: int
 ) -> tuple[Arrays, tuple[str, ...]]:
-    """Office-Caltech-10 (``name`` office_caltech_10) and DomainNet-10 (DomainNet)."""
     need_folder(root, f"FedBN's package unpacked: {name}/{domains[0]}_train.pkl and the images")
-    arrays: Arrays = {}
+    arrays: dict[str, dict[str, tuple[ImageFiles, np.ndarray]]] = {}
     for domain in domains:
         arrays[domain] = {}
         for split in ("train", "test"):
@@ -128,6 +108,6 @@ def load_paths(
             unknown = sorted({str(label) for label in labels} - set(classes))
             if unknown:
                 raise DataError(f"{path}: unknown class '{unknown[0]}'; expected one of {', '.join(classes)}")
-            images = read_images([inside(root, str(f)) for f in files], size)
+            images = ImageFiles([inside(root, str(f)) for f in files], size)
             arrays[domain][split] = (images, np.array([classes.index(str(label)) for label in labels], np.int64))
     return arrays, classes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fedsim.errors import DataError
 
@@ -36,16 +37,27 @@ def read_image(path: Path, size: int) -> np.ndarray:
             return np.asarray(resized, np.uint8).transpose(2, 0, 1)
     except FileNotFoundError:
         raise DataError(f"{path}: this image is listed but does not exist") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a broken PNG is a SyntaxError
         raise DataError(f"{path}: cannot be read as an image ({error})") from None
 
 
-def read_images(paths: list[Path], size: int) -> np.ndarray:
-    """uint8 [N, 3, size, size]."""
-    out = np.empty((len(paths), 3, size, size), np.uint8)
-    for row, path in enumerate(paths):
-        out[row] = read_image(path, size)
-    return out
+class ImageFiles:
+    """Images on disk in the shape of an array, uint8 [N, 3, size, size]; files are read when a slice is taken."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, paths: Sequence[Path], size: int):
+        self.paths, self.size = paths, size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.paths), 3, self.size, self.size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.stack([read_image(path, self.size) for path in self.paths[rows]])
 
 
 def need_folder(path: Path, what: str) -> Path:

@@ -1,14 +1,17 @@
 """Which client holds which training examples: flat index arrays, exact, and a function of the seed.
 
-Every scheme gives each example of the chosen domains to exactly one client. Clients that would hold fewer than
-``min_examples`` are topped up, one example at a time, from the client that then holds the most.
+A scheme is a function (labels [N] of shuffled examples, clients, draw) -> owner int64 [N]: each example has exactly one
+client. Clients that would hold fewer than ``min_examples`` are topped up, one example at a time, from the client that
+then holds the most (which may add classes to a client of ``shards``). Every share is in random order.
 """
 
 from __future__ import annotations
 
+import difflib
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -44,8 +47,7 @@ class Partition:
         return np.diff(self.offsets)
 
 
-def _cut(indices: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    return np.split(indices, np.cumsum(counts)[:-1])
+Scheme = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def _shares(total: int, weights: np.ndarray) -> np.ndarray:
@@ -56,63 +58,62 @@ def _shares(total: int, weights: np.ndarray) -> np.ndarray:
     return counts
 
 
-def iid(indices: np.ndarray, labels: np.ndarray, clients: int, draw: np.random.Generator) -> list[np.ndarray]:
-    """Shuffled and cut into equal shares."""
-    return np.array_split(draw.permutation(indices), clients)
+def iid(labels: np.ndarray, clients: int, draw: np.random.Generator) -> np.ndarray:
+    """Equal shares of the shuffled examples."""
+    return np.repeat(np.arange(clients), _shares(len(labels), np.ones(clients)))
 
 
-def dirichlet(
-    indices: np.ndarray, labels: np.ndarray, clients: int, draw: np.random.Generator, alpha: float
-) -> list[np.ndarray]:
+def dirichlet(labels: np.ndarray, clients: int, draw: np.random.Generator, *, alpha: float) -> np.ndarray:
     """Each class is spread over the clients in proportions drawn from Dirichlet(alpha) (Hsu et al. 2019)."""
-    owner = np.empty(len(indices), np.int64)
+    owner = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
-        rows = draw.permutation(np.flatnonzero(labels == label))
+        rows = np.flatnonzero(labels == label)
         owner[rows] = np.repeat(np.arange(clients), _shares(len(rows), draw.dirichlet(np.full(clients, alpha))))
-    return _by_owner(indices, owner, clients)
+    return owner
 
 
-def shards(
-    indices: np.ndarray, labels: np.ndarray, clients: int, draw: np.random.Generator, classes: int
-) -> list[np.ndarray]:
-    """Sorted by label and cut into ``clients * classes`` shards; each client is dealt ``classes`` (McMahan et al.)."""
-    shuffled = draw.permutation(len(indices))
-    ordered = indices[shuffled[np.argsort(labels[shuffled], kind="stable")]]
-    pieces = np.array_split(ordered, clients * classes)
-    deal = draw.permutation(clients * classes).reshape(clients, classes)
-    return [np.concatenate([pieces[p] for p in mine]) for mine in deal]
+def shards(labels: np.ndarray, clients: int, draw: np.random.Generator, *, classes: int) -> np.ndarray:
+    """Shards of one class each, dealt ``classes`` to a client: no client holds more than so many classes.
+
+    McMahan et al. (2017) cut the list sorted by label instead, where a shard across the border of two classes gives
+    some clients more classes than asked for.
+    """
+    present, sizes = np.unique(labels, return_counts=True)
+    if clients * classes < len(present):
+        raise ConfigError(
+            f"federation.partition = 'shards': {clients} clients of {classes} classes cannot hold {len(present)};"
+            f" expected at least {-(-len(present) // classes)} clients, or a larger classes-per-client"
+        )
+    per_class = 1 + _shares(clients * classes - len(present), sizes)
+    deal = np.split(draw.permutation(np.repeat(np.arange(clients), classes)), np.cumsum(per_class)[:-1])
+    owner = np.empty(len(labels), np.int64)
+    for label, holders in zip(present, deal):
+        rows = np.flatnonzero(labels == label)
+        owner[rows] = holders[np.arange(len(rows)) % len(holders)]
+    return owner
 
 
-def quantity(
-    indices: np.ndarray, labels: np.ndarray, clients: int, draw: np.random.Generator, power: float
-) -> list[np.ndarray]:
-    """Shard sizes follow a power law: the client of rank r gets a share proportional to r^-power; labels are iid."""
+def quantity(labels: np.ndarray, clients: int, draw: np.random.Generator, *, power: float) -> np.ndarray:
+    """Sizes follow a power law: the client of rank r gets a share proportional to r^-power; labels are iid."""
     weights = draw.permutation(np.arange(1, clients + 1, dtype=np.float64) ** -power)
-    return _cut(draw.permutation(indices), _shares(len(indices), weights))
+    return np.repeat(np.arange(clients), _shares(len(labels), weights))
 
 
-def _by_owner(indices: np.ndarray, owner: np.ndarray, clients: int) -> list[np.ndarray]:
-    return _cut(indices[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=clients))
-
-
-def _top_up(parts: list[np.ndarray], least: int) -> list[np.ndarray]:
-    small = [c for c, part in enumerate(parts) if len(part) < least]
-    if not small:
-        return parts
-    parts = list(parts)
-    richest = [(-len(part), c) for c, part in enumerate(parts)]
+def _top_up(owner: np.ndarray, clients: int, least: int) -> np.ndarray:
+    sizes = np.bincount(owner, minlength=clients)
+    poor = np.flatnonzero(sizes < least)
+    if not len(poor):
+        return owner
+    owner, by_client, end = owner.copy(), np.argsort(owner, kind="stable"), np.cumsum(sizes)
+    richest = [(-int(size), client) for client, size in enumerate(sizes)]
     heapq.heapify(richest)
-    taken: dict[int, int] = {}
-    for client in small:
-        gained: list[int] = []
-        while len(parts[client]) + len(gained) < least:
+    for client in poor:
+        for _ in range(least - sizes[client]):
             size, giver = heapq.heappop(richest)
-            position = len(parts[giver]) - 1 - taken.get(giver, 0)
-            gained.append(parts[giver][position])
-            taken[giver] = taken.get(giver, 0) + 1
+            end[giver] -= 1
+            owner[by_client[end[giver]]] = client
             heapq.heappush(richest, (size + 1, giver))
-        parts[client] = np.concatenate([parts[client], gained]).astype(np.int64)
-    return [part[: len(part) - taken.get(c, 0)] for c, part in enumerate(parts)]
+    return owner
 
 
 def partition(
@@ -127,18 +128,52 @@ def partition(
     classes_per_client: int = 2,
     power: float = 1.5,
     min_examples: int = 1,
-    examples_per_client: int = 0,
+    examples_per_client: int | None = None,
 ) -> Partition:
     """Cut the training examples of ``domains`` into shards.
 
     Args:
         scheme: iid, dirichlet, shards, quantity, or pooled (one client holds everything: the centralised baseline).
         across: partition the union of the domains into ``clients_per_domain * len(domains)`` mixed clients.
-        examples_per_client: keep only the first so many of each shard; 0 keeps all.
+        examples_per_client: keep only the first so many of each share; None or 0 keeps all.
 
     Raises:
-        ConfigError: an unknown domain, or too few examples for so many clients.
+        ConfigError: an unknown domain or scheme, a figure out of range, or too few examples for so many clients.
     """
+    schemes: dict[str, Scheme] = {
+        "iid": iid,
+        "dirichlet": partial(dirichlet, alpha=alpha),
+        "shards": partial(shards, classes=classes_per_client),
+        "quantity": partial(quantity, power=power),
+        "pooled": iid,
+    }
+    cap = examples_per_client or 0
+    _check(dataset, domains, scheme, tuple(schemes))
+    _check_figures(clients_per_domain, alpha, classes_per_client, power, min_examples, cap)
+    groups = [dataset.slice(d, "train") for d in domains]
+    pooled, mixed = scheme == "pooled", (scheme == "pooled" or across) and len(domains) > 1
+    clients = 1 if pooled else clients_per_domain * (len(domains) if mixed else 1)
+    if mixed:
+        groups = [np.concatenate(groups)]
+    indices, sizes = [], []
+    for number, group in enumerate(groups):
+        where = "all domains together" if mixed else f"'{domains[number]}'"
+        if len(group) < clients * min_examples:
+            raise ConfigError(
+                f"federation: {clients} clients of at least {min_examples} examples need {clients * min_examples},"
+                f" {where} of {dataset.name} has {len(group)} (fewer clients-per-domain or min-examples)"
+            )
+        draw = generator(seed, client=number, purpose="partition")
+        group = group[draw.permutation(len(group))]
+        owner = _top_up(schemes[scheme](_labels(dataset, group), clients, draw), clients, min_examples)
+        indices.append(group[np.argsort(owner, kind="stable")])
+        sizes.append(np.bincount(owner, minlength=clients))
+    owners = np.full(clients, -1) if mixed else np.repeat(np.arange(len(groups)), clients)
+    whole = _flat(np.concatenate(indices), np.concatenate(sizes), owners, tuple(domains))
+    return _first(whole, cap) if cap else whole
+
+
+def _check(dataset: Dataset, domains: Sequence[str], scheme: str, schemes: tuple[str, ...]) -> None:
     unknown = [d for d in domains if d not in dataset.domains]
     if unknown:
         raise ConfigError(
@@ -146,58 +181,65 @@ def partition(
         )
     if not domains or len(set(domains)) < len(domains):
         raise ConfigError(f"federation.domains = '{','.join(domains)}': expected at least one, each once")
-    schemes: dict[str, Callable[..., list[np.ndarray]]] = {
-        "iid": iid,
-        "dirichlet": lambda i, y, k, d: dirichlet(i, y, k, d, alpha),
-        "shards": lambda i, y, k, d: shards(i, y, k, d, classes_per_client),
-        "quantity": lambda i, y, k, d: quantity(i, y, k, d, power),
+    if scheme not in schemes:
+        near = difflib.get_close_matches(scheme, schemes, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(schemes)}"
+        raise ConfigError(f"federation.partition = '{scheme}': no such scheme; {hint}")
+
+
+def _check_figures(clients: int, alpha: float, classes: int, power: float, least: int, cap: int) -> None:
+    figures: dict[str, tuple[float, bool, str]] = {
+        "clients-per-domain": (clients, clients >= 1, "at least 1"),
+        "alpha": (alpha, 0 < alpha < np.inf, "above 0"),
+        "classes-per-client": (classes, classes >= 1, "at least 1"),
+        "power": (power, 0 <= power < np.inf, "0 or above"),
+        "min-examples": (least, least >= 0, "0 or above"),
+        "examples-per-client": (cap, cap == 0 or cap >= max(least, 1), "0 (all), or min-examples or more"),
     }
-    groups = [dataset.slice(d, "train") for d in domains]
-    if scheme == "pooled" or across:
-        groups = [np.concatenate(groups)]
-    per_group = 1 if scheme == "pooled" else clients_per_domain * (len(domains) if across else 1)
-    parts: list[np.ndarray] = []
-    for number, indices in enumerate(groups):
-        if len(indices) < per_group * min_examples:
-            where = domains[number] if len(groups) > 1 else dataset.name
-            raise ConfigError(
-                f"federation: {per_group} clients of at least {min_examples} examples need"
-                f" {per_group * min_examples}, '{where}' has {len(indices)}"
-            )
-        draw = generator(seed, client=number, purpose="partition")
-        labels = np.asarray(dataset.y_train[indices]).reshape(len(indices), -1)[:, 0]
-        rule = schemes["iid" if scheme == "pooled" else scheme]
-        parts += _top_up(rule(indices, labels, per_group, draw), min_examples)
-    if examples_per_client:
-        parts = [part[:examples_per_client] for part in parts]
-    mixed = (scheme == "pooled" or across) and len(domains) > 1
-    owner = np.full(len(parts), -1) if mixed else np.repeat(np.arange(len(groups)), per_group)
-    offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
-    return Partition(np.concatenate(parts).astype(np.int64), offsets, owner.astype(np.int16), tuple(domains))
+    for key, (value, good, expected) in figures.items():
+        if not good:
+            raise ConfigError(f"federation.{key} = {value}: expected {expected}")
+
+
+def _labels(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """int64 [N]: the label, or the first of a sequence of labels."""
+    labels = np.asarray(dataset.y_train[rows])
+    return labels if labels.ndim == 1 else labels[:, 0]
+
+
+def _flat(indices: np.ndarray, sizes: np.ndarray, domain: np.ndarray, domains: tuple[str, ...]) -> Partition:
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return Partition(indices.astype(np.int64), offsets, domain.astype(np.int16), domains)
+
+
+def _first(shards: Partition, count: int) -> Partition:
+    """The first ``count`` examples of every client."""
+    place = np.arange(len(shards.indices)) - np.repeat(shards.offsets[:-1], shards.sizes)
+    return _flat(shards.indices[place < count], np.minimum(shards.sizes, count), shards.domain, shards.domains)
 
 
 def hold_out(shards: Partition, dataset: Dataset, fraction: float, seed: int) -> tuple[Partition, Partition]:
-    """(training, validation): ``fraction`` of every shard set aside, stratified by label.
+    """(training, validation): ``fraction`` of every share set aside, stratified by label.
 
-    A shard of one example keeps it for training.
+    A client keeps at least one example for training, so one with a single example has nothing to validate on.
+
+    Raises:
+        ConfigError: a fraction outside 0 <= fraction < 1.
     """
-    kept, held = [], []
-    for client in range(len(shards)):
-        shard = shards[client]
-        draw = generator(seed, client=client, purpose="validation")
-        labels = np.asarray(dataset.y_train[shard]).reshape(len(shard), -1)[:, 0]
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"federation.validation = {fraction}: expected 0 or above and below 1")
+    labels, held = _labels(dataset, shards.indices), np.zeros(len(shards.indices), bool)
+    for client, size in enumerate(shards.sizes):
+        count = min(round(fraction * size), size - 1)
+        if count <= 0:
+            continue
+        start = shards.offsets[client]
+        order = generator(seed, client=client, purpose="validation").permutation(size)
         # Shuffled, then sorted by label: every 1 / fraction-th is a stratified sample.
-        order = draw.permutation(len(shard))
-        order = order[np.argsort(labels[order], kind="stable")]
-        count = min(round(fraction * len(shard)), len(shard) - 1)
-        chosen = np.zeros(len(shard), bool)
-        if count > 0:
-            chosen[order[((np.arange(count) + 0.5) * len(shard) / count).astype(np.int64)]] = True
-        kept.append(shard[~chosen])
-        held.append(shard[chosen])
-    return _pack(kept, shards), _pack(held, shards)
-
-
-def _pack(parts: list[np.ndarray], like: Partition) -> Partition:
-    offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
-    return Partition(np.concatenate(parts).astype(np.int64), offsets, like.domain, like.domains)
+        order = order[np.argsort(labels[start + order], kind="stable")]
+        held[start + order[((np.arange(count) + 0.5) * size / count).astype(np.int64)]] = True
+    counts = np.add.reduceat(np.append(held, False), shards.offsets[:-1]) * (shards.sizes > 0)
+    return (
+        _flat(shards.indices[~held], shards.sizes - counts, shards.domain, shards.domains),
+        _flat(shards.indices[held], counts, shards.domain, shards.domains),
+    )

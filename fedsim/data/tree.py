@@ -1,4 +1,4 @@
-"""A folder tree <root>/<domain>/<class>/*.png|jpg: PACS, Office-Home, DomainNet, Office-Caltech-10, a user's own.
+"""A folder tree <root>/<domain>/<class>/*.png|jpg: PACS, Office-Home, Office-Caltech-10, a user's own.
 
 A domain's split is read from <root>/<domain>_train.txt and <domain>_test.txt where these exist (a line is
 "relative/path label"); otherwise a fifth of each class, chosen by the seed, is the test split, and the program says so.
@@ -6,11 +6,14 @@ A domain's split is read from <root>/<domain>_train.txt and <domain>_test.txt wh
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fedsim.data.images import SUFFIXES, inside, need_folder, read_images
+from fedsim.data.dataset import SPLITS, Arrays
+from fedsim.data.images import SUFFIXES, ImageFiles, inside, need_folder
 from fedsim.errors import DataError
 from fedsim.random import generator
 
@@ -18,65 +21,64 @@ TEST_SHARE = 0.2
 Listing = list[tuple[Path, int]]
 
 
-def find_classes(root: Path, domains: tuple[str, ...]) -> tuple[str, ...]:
-    """Class folders of all domains together, sorted.
-
-    Raises:
-        DataError: a domain has no class folder.
-    """
-    names: set[str] = set()
-    for domain in domains:
-        here = {p.name for p in (root / domain).iterdir() if p.is_dir() and not p.name.startswith(".")}
-        if not here:
-            raise DataError(f"{root / domain}: no class folders; expected {domain}/<class>/*.png or *.jpg")
-        names |= here
-    return tuple(sorted(names))
-
-
-def find_domains(root: Path) -> tuple[str, ...]:
-    found = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+def _folders(path: Path, what: str) -> list[str]:
+    found = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not found:
-        raise DataError(f"{root}: no domain folders; expected <domain>/<class>/*.png or *.jpg inside")
+        raise DataError(f"{path}: no {what}")
     return found
 
 
-def list_images(root: Path, domain: str, classes: tuple[str, ...]) -> Listing:
+def list_images(root: Path, domain: str, classes: Sequence[str], aliases: Mapping[str, str]) -> Listing:
     """Every image of a domain with its label, in the order of class and file name.
 
     Raises:
         DataError: an unknown class, or no image at all.
     """
     listing: Listing = []
-    for folder in sorted(p for p in (root / domain).iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if folder.name not in classes:
-            raise DataError(f"{folder}: unknown class '{folder.name}'; expected one of {', '.join(classes)}")
-        label = classes.index(folder.name)
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    for folder in _folders(root / domain, f"class folders; expected {domain}/<class>/*.png or *.jpg"):
+        files = sorted(f for f in (root / domain / folder).iterdir() if f.suffix.lower() in SUFFIXES)
+        label = _label(root / domain / folder, classes, aliases)
         listing += [(inside(root, str(f.relative_to(root))), label) for f in files]
     if not listing:
         raise DataError(f"{root / domain}: no images; expected <class>/*{'|*'.join(SUFFIXES)}")
     return listing
 
 
-def read_list(root: Path, file: Path, count: int) -> Listing:
-    """A split list: "relative/path label" a line, labels from 0.
+def _label(folder: Path, classes: Sequence[str], aliases: Mapping[str, str]) -> int:
+    name = aliases.get(folder.name, folder.name)
+    if name not in classes:
+        raise DataError(f"{folder}: unknown class '{folder.name}'; expected one of {', '.join(classes)}")
+    return classes.index(name)
+
+
+def read_list(root: Path, file: Path, classes: Sequence[str], aliases: Mapping[str, str]) -> Listing:
+    """A split list: "relative/path label" a line.
+
+    An image's class is the folder it lies in. Lists count their labels from 0 or from 1 (PACS), in the order of the
+    folders or another; all that is asked of the numbers is that each stands for one folder.
 
     Raises:
-        DataError: a line that is not that, a label outside the classes (lists of PACS count from 1), a path out of
-            the root.
+        DataError: a line that is not that, an unknown class, a number that stands for two, a path out of the root.
     """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as a list ({error})") from None
     listing: Listing = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    folder_of: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.lstrip("-").isdigit():
+        path, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        if not path or not label.isdecimal():
             raise DataError(f"{file}, line {number}: expected 'relative/path label', found {line.strip()!r}")
-        if not 0 <= int(label) < count:
+        image, folder = inside(root, path.strip()), Path(path).parent
+        if folder_of.setdefault(label, folder.name) != folder.name:
             raise DataError(
-                f"{file}, line {number}: label {label}, expected 0 to {count - 1} (PACS's lists count from 1)"
+                f"{file}, line {number}: label {label} is '{folder.name}' here and '{folder_of[label]}' above; expected"
+                " one class folder a label"
             )
-        listing.append((inside(root, path), int(label)))
+        listing.append((image, _label(root / folder, classes, aliases)))
     return listing
 
 
@@ -84,7 +86,7 @@ def split_listing(listing: Listing, seed: int, domain: int) -> dict[str, Listing
     """Stratified: of every class a fifth, rounded, for testing."""
     draw = generator(seed, client=domain, purpose="partition")
     labels = np.array([label for _, label in listing])
-    out: dict[str, Listing] = {"train": [], "test": []}
+    out: dict[str, Listing] = {split: [] for split in SPLITS}
     for label in np.unique(labels):
         rows = draw.permutation(np.flatnonzero(labels == label))
         count = round(TEST_SHARE * len(rows))
@@ -94,28 +96,48 @@ def split_listing(listing: Listing, seed: int, domain: int) -> dict[str, Listing
 
 
 def load_tree(
-    root: Path, size: int, seed: int, domains: tuple[str, ...] = (), classes: tuple[str, ...] = ()
-) -> tuple[dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], tuple[str, ...]]:
-    """(arrays by domain and split, classes).
+    root: Path,
+    size: int,
+    seed: int,
+    domains: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> tuple[Arrays, tuple[str, ...]]:
+    """(examples by domain and split, classes).
+
+    Args:
+        domains, classes: those expected, in this order; empty: the folders found, sorted.
+        aliases: other spellings of class folders.
 
     Raises:
         DataError: see the functions above.
     """
     need_folder(root, "domain folders inside: <domain>/<class>/*.png or *.jpg")
-    domains = domains or find_domains(root)
+    domains = domains or _folders(root, "domain folders; expected <domain>/<class>/*.png or *.jpg inside")
     for domain in domains:
         need_folder(root / domain, "class folders inside: <class>/*.png or *.jpg")
-    classes = classes or find_classes(root, domains)
+    if not classes:
+        wanted = "class folders; expected {0}/<class>/*.png or *.jpg"
+        classes = sorted({name for d in domains for name in _folders(root / d, wanted.format(d))})
     arrays = {}
     for number, domain in enumerate(domains):
-        lists = {s: root / f"{domain}_{s}.txt" for s in ("train", "test")}
-        if all(f.exists() for f in lists.values()):
-            splits = {s: read_list(root, f, len(classes)) for s, f in lists.items()}
-        else:
-            print(f"{root / domain}: no split lists; a fifth of each class, drawn with seed {seed}, is the test split")
-            splits = split_listing(list_images(root, domain, classes), seed, number)
+        splits = _splits(root, domain, number, tuple(classes), aliases or {}, seed)
         arrays[domain] = {
-            split: (read_images([p for p, _ in listing], size), np.array([y for _, y in listing], np.int64))
+            split: (ImageFiles([path for path, _ in listing], size), np.array([y for _, y in listing], np.int64))
             for split, listing in splits.items()
         }
-    return arrays, classes
+    return arrays, tuple(classes)
+
+
+def _splits(
+    root: Path, domain: str, number: int, classes: Sequence[str], aliases: Mapping[str, str], seed: int
+) -> dict[str, Listing]:
+    lists = {split: root / f"{domain}_{split}.txt" for split in SPLITS}
+    missing = [file for file in lists.values() if not file.exists()]
+    if len(missing) == 1:
+        raise DataError(f"{missing[0]}: does not exist, while its companion does; expected both lists or neither")
+    if not missing:
+        return {split: read_list(root, file, classes, aliases) for split, file in lists.items()}
+    note = f"{root / domain}: no split lists; a fifth of each class, drawn with seed {seed}, is the test split"
+    print(note, file=sys.stderr)
+    return split_listing(list_images(root, domain, classes, aliases), seed, number)

@@ -1,5 +1,6 @@
 """Augmentations: seeded, shape-preserving, and what each does to a known image."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,14 @@ def test_rotation_by_nothing_is_nothing_and_keeps_the_centre():
     x = torch.rand(2, 3, 9, 9)
     torch.testing.assert_close(rotate(x, generator(), degrees=0.0), x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rotate(x, generator(), degrees=40.0)[:, :, 4, 4], x[:, :, 4, 4], atol=1e-4, rtol=1e-4)
+
+
+def test_a_quarter_turn_of_an_image_that_is_not_square(monkeypatch):
+    """What stays inside is numpy's rot90 of the middle square: nothing is sheared or stretched."""
+    x = torch.rand(2, 1, 6, 12)
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.ones(count))  # the angle is then +degrees
+    turned = rotate(x, generator(), degrees=90.0)[..., 3:9].numpy()
+    np.testing.assert_allclose(turned, np.rot90(x[..., 3:9].numpy(), axes=(2, 3)), atol=1e-4)
 
 
 def test_shift_moves_whole_pixels():

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from fedsim.data.digits import DOMAINS, build_digits
-from fedsim.data.digits.sources import REGIONS, fonts, pictures
+from fedsim.data import load_dataset
+from fedsim.data.digits import DOMAINS, build_digits, suite
+from fedsim.data.digits.sources import PACK, REGIONS, crop, fonts, pictures
 from fedsim.data.digits.suite import TEST, TRAIN, _pool
 from fedsim.errors import DataError
 
@@ -56,12 +57,27 @@ def test_real_digits_are_never_shared():
     assert len(_pool("mnist", "test", 0)[0]) >= TEST
 
 
-def test_photographs_are_cut_apart():
-    assert REGIONS["train"][1] < REGIONS["test"][0]
+@pytest.mark.parametrize("kind", ["photo", "texture"])
+def test_crops_of_train_and_test_share_no_pixel(monkeypatch, kind):
+    """Pictures whose values are their columns: crops, enlarged or not, stay on their side of the gap."""
+    columns = np.repeat(np.arange(240, dtype=np.uint8)[None], 200, axis=0)
+    picture = np.stack([columns] * 3, -1) if kind == "photo" else columns
+    monkeypatch.setattr("fedsim.data.digits.sources.pictures", lambda _: (picture,))
+    seen = {"train": set(), "test": set()}
+    for i in range(200):
+        for split, values in seen.items():
+            values.update(crop(np.random.default_rng(i), kind, split, 48, (0.4, 1.0)).ravel().tolist())
+    assert max(seen["train"]) < REGIONS["train"][1] * 240 <= REGIONS["test"][0] * 240 - 1 <= min(seen["test"])
+
+
+def test_the_pack_is_whole():
     assert len(pictures("photo")) == 7
     assert len(pictures("texture")) == 3
     assert len(fonts().names) == 83
     assert 60 < len(fonts().on_houses) < 83
+    provenance = (PACK / "README.md").read_text()
+    for file in set(PACK.rglob("*.*")) - {PACK / "README.md"}:
+        assert file.name in provenance, f"{file} has no line of provenance"
 
 
 def test_no_image_is_there_twice(digits):
@@ -69,6 +85,51 @@ def test_no_image_is_there_twice(digits):
     assert len(seen) == len(set(seen))
 
 
-def test_too_many_real_digits_are_refused():
-    with pytest.raises(DataError, match=r"'mnist': 900 training images asked for, 850 exist"):
-        build_digits(0, train=900, test=1, domains=("mnist",), workers=1)
+@pytest.mark.parametrize(("domain", "most"), [("mnist", 850), ("mnistm", 850), ("utility", 743), ("optdigits", 743)])
+def test_too_many_real_digits_are_refused(domain, most):
+    with pytest.raises(DataError, match=f"'{domain}': 900 training images asked for, {most} exist"):
+        load_dataset("digits", train_per_domain=900, domains=[domain], progress=False)
+
+
+def test_rendered_domains_have_any_number():
+    x, _ = build_digits(0, train=1001, test=1, domains=("synth",), workers=1)["synth"]["train"]
+    assert len({image.tobytes() for image in x}) == 1001
+
+
+def test_the_suite_is_built_once(monkeypatch, capfd):
+    monkeypatch.setattr(suite, "TEST", 4)
+    first = load_dataset("digits", train_per_domain=5, domains=["optdigits", "mnistm"])
+    assert (first.domains, first.shape) == (("optdigits", "mnistm"), (3, 28, 28))
+    assert (len(first.x_train), len(first.x_test)) == (10, 8)
+    assert "drawing the digits suite, once" in capfd.readouterr().err
+    monkeypatch.setattr(suite, "build_digits", None)
+    again = load_dataset("digits", train_per_domain=5, domains=["mnistm", "optdigits"])
+    assert (again.folder, again.digest) == (first.folder, first.digest)
+    assert capfd.readouterr().err == ""
+
+
+def test_bad_requests():
+    with pytest.raises(DataError, match="no domain 'svhn'; it has mnist, utility"):
+        load_dataset("digits", domains=["svhn"])
+    with pytest.raises(DataError, match="0 training images"):
+        load_dataset("digits", train_per_domain=0)
+
+
+def test_processes_that_cannot_start_change_nothing(monkeypatch, digits):
+    """A script without a ``__main__`` guard breaks the pool: what is missing is drawn in this process."""
+
+    class Broken:
+        __init__ = __exit__ = lambda self, *args, **options: None
+
+        def __enter__(self):
+            return self
+
+        def map(self, function, jobs, chunksize):
+            yield function(jobs[0])
+            raise suite.BrokenProcessPool
+
+    monkeypatch.setattr(suite, "ProcessPoolExecutor", Broken)
+    ticks = []
+    again = build_digits(0, train=12, test=15, domains=("synth",), workers=2, tick=ticks.append)
+    assert np.array_equal(again["synth"]["test"][0], digits["synth"]["test"][0])
+    assert sum(ticks) == 27
