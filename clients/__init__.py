@@ -1,6 +1,7 @@
 """Client halves: plug-ins for normalization, pruning, learning rates, clipping, proximal terms and adapters."""
 
 from clients.clipping import AdaptiveGradientClipping
+from clients.learning_rate import HypergradientRate
 from clients.normalization import (
     FixedStatistics,
     LocalNormalization,
@@ -14,6 +15,7 @@ from clients.proximal import Proximal
 __all__ = [
     "AdaptiveGradientClipping",
     "FixedStatistics",
+    "HypergradientRate",
     "LocalNormalization",
     "LocalStatistics",
     "Proximal",

@@ -53,8 +53,9 @@ def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_generator(config.seed, purpose="model").initial_seed())
         model = build_model(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
-        model = model.to(getattr(torch, config.training.dtype))
-        return ClientTask(model, plugins_of(parts), optimizer_of(config))
+        task = ClientTask(model, plugins_of(parts), optimizer_of(config))
+        task.model.to(getattr(torch, config.training.dtype))  # after the surgery, which makes layers of its own
+        return task
 
 
 def choose_executor(task: ClientTask, device: str) -> str:

@@ -154,7 +154,7 @@ def run_loop(task: ClientTask, order: Order, block: Sequence[Work], lr: float) -
 
 def _train_one(task: ClientTask, order: Order, work: Work, params: Tensors, lr: float) -> Outcome:
     memory = work.state.memory
-    view = View(order, memory, lr)
+    view = View(order, memory, lr, float(len(work.plan)))
     states = [p.start(params, view) for p in task.plugins]
     moments = task.optimizer.init(params)
     loss_sum, hits, seen = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0

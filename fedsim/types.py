@@ -61,10 +61,12 @@ class View:
         order: the order being carried out (the same tensors for every client of a block).
         memory: this client's persisted plug-in memory.
         lr: the local learning rate of this round's schedule, before any plug-in adapts it.
+        steps: number of local steps of this client in this round (a number, or a scalar tensor under vmap).
         aux: what the model returned beside its logits (an adapter's matching loss, ...).
     """
 
     order: Order
     memory: Tensors
     lr: float = 0.0
+    steps: float | Tensor = 1.0
     aux: Tensors = field(default_factory=dict)

@@ -26,13 +26,21 @@ class _Block:
     params: Tensors
     buffers: Tensors
     memory: Tensors
+    steps: Tensor
     states: list[Tensors]
     moments: Moments
 
     def take(self, rows: Tensor) -> _Block:
         pick = lambda tree: {n: v.index_select(0, rows) for n, v in tree.items()}  # noqa: E731
         moments = {m: [v.index_select(0, rows) for v in vs] for m, vs in self.moments.items()}
-        return _Block(pick(self.params), pick(self.buffers), pick(self.memory), [pick(s) for s in self.states], moments)
+        return _Block(
+            pick(self.params),
+            pick(self.buffers),
+            pick(self.memory),
+            self.steps.index_select(0, rows),
+            [pick(s) for s in self.states],
+            moments,
+        )
 
     def put(self, rows: Tensor, part: _Block) -> None:
         trees = [(self.params, part.params), (self.buffers, part.buffers), *zip(self.states, part.states)]
@@ -77,10 +85,11 @@ def _start(task: ClientTask, order: Order, group: Sequence[Work], lr: float) -> 
     shared = {n: v.expand(k, *v.shape).clone() for n, v in order.shared.items()}
     state = {**shared, **private}
     params = {n: state.pop(n) for n in task.trainable}
-    begin = lambda p, m: [plugin.start(p, View(order, m, lr)) for plugin in task.plugins]  # noqa: E731
-    states = vmap(begin)(params, memory) if memory or params else [{} for _ in task.plugins]
+    steps = torch.tensor([float(len(w.plan)) for w in group])
+    begin = lambda p, m, k: [plugin.start(p, View(order, m, lr, k)) for plugin in task.plugins]  # noqa: E731
+    states = vmap(begin)(params, memory, steps)
     states = [{n: v.clone() for n, v in s.items()} for s in states]
-    return _Block(params, state, memory, states, task.optimizer.init(params))
+    return _Block(params, state, memory, steps, states, task.optimizer.init(params))
 
 
 def _run_alike(task: ClientTask, order: Order, group: Sequence[Work], lr: float) -> Iterator[Outcome]:
@@ -105,8 +114,8 @@ def _run_alike(task: ClientTask, order: Order, group: Sequence[Work], lr: float)
             right.index_add_(0, rows, part_right)
             for i in members:
                 seen[i] += size
-    end = lambda p, s, m: task.finish(p, s, View(order, m, lr))  # noqa: E731
-    report, memory = vmap(end)(carry.params, carry.states, carry.memory)
+    end = lambda p, s, m, k: task.finish(p, s, View(order, m, lr, k))  # noqa: E731
+    report, memory = vmap(end)(carry.params, carry.states, carry.memory, carry.steps)
     row = lambda tree, i: {n: v[i] for n, v in tree.items()}  # noqa: E731
     for i, work in enumerate(group):
         state = row({**carry.params, **carry.buffers}, i)
@@ -127,17 +136,25 @@ def _step(
         loss, right = task.objective(output, y, params, order, memory)
         return loss, (buffers, right)
 
-    def one(params: Tensors, buffers: Tensors, memory: Tensors, states: list[Tensors], x: Tensor, y: Tensor):
+    def one(
+        params: Tensors,
+        buffers: Tensors,
+        memory: Tensors,
+        steps: Tensor,
+        states: list[Tensors],
+        x: Tensor,
+        y: Tensor,
+    ):
         if order.task != "train":
             loss, (buffers, right) = forward(params, buffers, memory, x, y)
             return {}, states, buffers, loss, right
         grads, (loss, (buffers, right)) = grad_and_value(forward, has_aux=True)(params, buffers, memory, x, y)
-        grads, states = task.transform(grads, states, params, View(order, memory, lr))
+        grads, states = task.transform(grads, states, params, View(order, memory, lr, steps))
         return grads, states, buffers, loss, right
 
     with torch.set_grad_enabled(order.task == "train"):
         grads, block.states, block.buffers, loss, right = vmap(one, randomness="different")(
-            block.params, block.buffers, block.memory, block.states, x, y
+            block.params, block.buffers, block.memory, block.steps, block.states, x, y
         )
     if order.task == "train":
         task.optimizer.step(block.params, grads, block.moments, lr, step)

@@ -55,9 +55,11 @@ def test_the_order_of_arrival_changes_no_bit(dataset, executor):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_vmap_agrees_with_the_loop(dataset, strategy):
-    loop = Small(dataset, algorithm={"strategy": strategy}, simulation={"executor": "loop"})
-    vmap = Small(dataset, algorithm={"strategy": strategy}, simulation={"executor": "vmap"})
-    agree(loop, vmap)
+    # Adaptive rules divide by the size of an update; that of a bias before BatchNorm is rounding error and nothing else.
+    adaptive = strategy in ("fedadam", "fedyogi", "fedadagrad")
+    training = {"lr": 0.02, "dtype": "float64" if adaptive else "float32"}
+    sections = {"algorithm": {"strategy": strategy}, "training": training}
+    agree(*(Small(dataset, **sections, simulation={"executor": e}) for e in ("loop", "vmap")))
 
 
 @pytest.mark.parametrize("training", [{"momentum": 0.9, "weight-decay": 0.01}, {"optimizer": "adam", "lr": 0.001}])
