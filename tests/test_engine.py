@@ -55,7 +55,7 @@ def test_the_order_of_arrival_changes_no_bit(dataset, executor):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_vmap_agrees_with_the_loop(dataset, strategy):
-    # Adaptive rules divide by the size of an update; that of a bias before BatchNorm is rounding error and nothing else.
+    # Adaptive rules divide by the size of an update; that of a bias before BatchNorm is nothing but rounding error.
     adaptive = strategy in ("fedadam", "fedyogi", "fedadagrad")
     training = {"lr": 0.02, "dtype": "float64" if adaptive else "float32"}
     sections = {"algorithm": {"strategy": strategy}, "training": training}
