@@ -19,8 +19,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Simulate federated learning on clients from different domains.
 
-    Start here: `fedsim run` compares FedAvg, FedBN and FedWon on real digits from five domains in about two
-    minutes and draws the accuracy of each domain. Then run a recipe of your own: `fedsim run CONFIG.toml`.
+    Start here: `fedsim run` compares FedAvg, FedBN and FedWon on real digits from five domains in about a
+    minute and draws the accuracy of each domain. Then run a recipe of your own: `fedsim run CONFIG.toml`.
 
     Exit codes: 0 done, 2 bad configuration or input, 130 interrupted (resume with `fedsim resume`), 1 anything else.
     """,
