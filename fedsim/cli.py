@@ -184,6 +184,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"fedsim: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

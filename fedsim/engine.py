@@ -49,7 +49,7 @@ class Federation:
         self.validation = validation
         self.shared, self.private = spec.task.initial()
         self.failures: list[Failure] = []
-        self.dropped = 0
+        self.dropped = self.retried = 0
 
     def __len__(self) -> int:
         return len(self.spec.shards)
@@ -66,7 +66,11 @@ class Federation:
         return self.store.get(client) or ClientState(self.private, {})
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
-        """Carry out an order. ``self.failures`` then holds the clients whose updates are not used."""
+        """Carry out an order.
+
+        Afterwards ``self.failures`` holds the clients whose updates are not used, ``self.dropped`` the examples left
+        out by the last-batch policy, ``self.retried`` the clients whose block was repeated: of this order alone.
+        """
         results = self.train_blocks(order, clients)
         replies = [reply for result in results for reply in result.replies]
         partials = [result.partial for result in results if result.partial is not None]
@@ -78,12 +82,13 @@ class Federation:
         blocks = [clients[i : i + self.block] for i in range(0, len(clients), self.block)]
         calls = [(block, [self.state(c) for c in block]) for block in blocks]
         results: list[BlockResult] = [BlockResult() for _ in blocks]
-        self.failures = []
+        self.failures, self.dropped = [], 0
         for number, result in self.pool.map("train", order, calls):
             if isinstance(result, WorkerLost):
                 lost = [Failure(c, "worker", str(result)) for c in blocks[number]]
                 result = BlockResult(failures=lost)
             results[number] = result
+        self.retried = sum(len(blocks[number]) for number in self.pool.retried)
         for result in results:
             self.dropped += result.dropped
             self.failures += result.failures

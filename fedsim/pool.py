@@ -13,8 +13,8 @@ class WorkerLost(Exception):
 
 
 class Pool(Protocol):
-    retried: int
-    """Calls that were repeated because their worker died."""
+    retried: list[int]
+    """Numbers of the last ``map``'s calls that were repeated because their worker died, once for each time."""
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Call ``worker.method(common, *call)`` for every call; yield (number of the call, result) as they end.
@@ -31,7 +31,7 @@ class InProcess:
 
     def __init__(self, spec: WorkerSpec):
         self.worker = Worker(spec)
-        self.retried = 0
+        self.retried: list[int] = []
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         for number, call in enumerate(calls):

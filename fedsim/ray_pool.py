@@ -67,9 +67,6 @@ class _Actor:
     def call(self, method: str, common: Any, call: tuple) -> Any:
         return getattr(self.worker, method)(common, *call)
 
-    def ready(self) -> bool:
-        return True
-
 
 class RayPool:
     """``workers`` actors of one CPU thread each.
@@ -84,7 +81,8 @@ class RayPool:
     """
 
     def __init__(self, spec: WorkerSpec, workers: int, *, gpus: float = 0.0, address: str = "", retries: int = 2):
-        self.retries, self.retried, self.gpus = retries, 0, gpus
+        self.retries = retries
+        self.retried: list[int] = []
         self.owns = not ray.is_initialized()
         if self.owns:
             _start(workers, address)
@@ -101,7 +99,7 @@ class RayPool:
         self.actors: list[Any] = [self.remote.remote(self.spec) for _ in range(workers)]
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
-        shared = ray.put(common)
+        shared, self.retried = ray.put(common), []
         waiting = list(reversed([(number, 0) for number in range(len(calls))]))
         idle = list(range(len(self.actors)))
         running: dict[Any, tuple[int, int, int]] = {}  # reference -> (actor, call, tries)
@@ -120,7 +118,7 @@ class RayPool:
             except RayActorError as error:
                 self.actors[actor] = self.remote.remote(self.spec)
                 if tries < self.retries:
-                    self.retried += 1
+                    self.retried.append(number)
                     waiting.append((number, tries + 1))
                     idle.append(actor)
                     continue

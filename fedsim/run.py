@@ -188,8 +188,8 @@ class _Run:
         seen = int(sum(r.metrics["seen"] for r in replies.singles))
         totals.examples_seen += seen if order.task == "train" else 0
         totals.train_flops += seen * self.example_flops // (1 if order.task == "train" else 3)
-        totals.retried_clients = federation.pool.retried
-        totals.dropped_examples = federation.dropped
+        totals.retried_clients += federation.retried
+        totals.dropped_examples += federation.dropped
         for failure in federation.failures:
             totals.rejected_updates += 1
             self.writer.event(

@@ -116,7 +116,7 @@ class Wrapper(Strategy):
     Everything not overridden is the base's. ``FedTiny(FedHyper(FedAvg()))`` prunes what FedHyper's rate scaled.
     """
 
-    def __init__(self, base: Strategy, **options: object) -> None:
+    def __init__(self, base: Strategy) -> None:
         super().__init__(trainable=base.trainable, seed=base.seed, fraction_train=base.fraction_train)
         self.base = base
         self.plugins = (*base.plugins, *self.plugins)

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedsim.results.run import RunDirectory, by_method
 
@@ -55,9 +56,14 @@ def _axes(axes: Axes, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _whole_rounds(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
 def _line(axes: Axes, number: int, label: str, x: np.ndarray, seeds: np.ndarray) -> None:
     """Mean over seeds [S, T], and a band from the lowest to the highest."""
     look = style(number)
+    _whole_rounds(axes)
     axes.plot(x, seeds.mean(0), label=label, markevery=max(1, len(x) // 8), **look)
     if len(seeds) > 1:
         axes.fill_between(x, seeds.min(0), seeds.max(0), color=look["color"], alpha=0.15, linewidth=0)
@@ -171,6 +177,7 @@ def learning_rates(run: RunDirectory) -> Figure | None:
         axes = panels.pop(0)
         axes.plot([r for r, *_ in server], [total / weight for *_, total, weight in server], **style(0))
         _axes(axes, "communication round", "server rate alpha")
+        _whole_rounds(axes)
     if clients:
         axes = panels.pop(0)
         domains = list(dict.fromkeys(domain for _, _, domain, *_ in clients))
@@ -180,6 +187,7 @@ def learning_rates(run: RunDirectory) -> Figure | None:
             means = [float(np.mean([v for r, v in mine if r == round])) for round in rounds]
             axes.plot(rounds, means, label=domain, markevery=max(1, len(rounds) // 8), **style(number))
         _axes(axes, "communication round", "client rate beta (mean of the domain)")
+        _whole_rounds(axes)
         axes.legend(fontsize=SMALL, frameon=False)
     return figure
 
