@@ -37,7 +37,7 @@ class Progress:
             self.task = self.bar.add_task(self.name, total=self.rounds, text="first round ...")
             self.bar.start()
         else:
-            self.console.print(f"{self.name}: {self.rounds} rounds", highlight=False)
+            self._print(f"{self.name}: {self.rounds} rounds")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,8 +61,12 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, completed=round, text="  ".join(parts))
         else:
-            self.console.print(f"round {round}/{self.rounds}  " + "  ".join(parts), highlight=False, soft_wrap=True)
+            self._print(f"round {round}/{self.rounds}  " + "  ".join(parts))
 
     def note(self, message: str) -> None:
         """An event worth a line: a rejected update, a resumed run."""
-        self.console.print(f"{self.name}: {message}", highlight=False, soft_wrap=True)
+        self._print(f"{self.name}: {message}")
+
+    def _print(self, line: str) -> None:
+        # A path or the name of a tensor may hold brackets, which rich would take for its markup.
+        self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
