@@ -67,5 +67,5 @@ def report(runs: Sequence[Path], out: Path) -> None:
     """Print the table of the runs and draw their pictures into ``out/plots``."""
     from fedsim.results.cli import plot, table
 
-    table(list(runs), format="text", transpose=False, published=None)
+    table(list(runs), format="text", transpose=False, published=None, compare=None)
     plot(list(runs), out=out / "plots")

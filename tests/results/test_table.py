@@ -3,6 +3,7 @@
 import pytest
 
 from fedsim.errors import ConfigError, DataError
+from fedsim.results.compare import compare
 from fedsim.results.run import find_runs
 from fedsim.results.table import add_published, collect, render
 from tests.results.conftest import write_run
@@ -42,6 +43,16 @@ def test_published_figures_stand_beside_ours(runs, tmp_path):
     path.write_text("[fedbn]\nmnist = 'high'\n")
     with pytest.raises(DataError, match="expected lines like"):
         add_published(collect(find_runs(runs)), path)
+
+
+def test_paired_comparison(runs):
+    found = find_runs(runs)
+    # differences fedbn - fedavg: (5, 20) with seed 0, (5, 20) with seed 1: all of one sign, p = 2 / 2^4
+    line = compare(found, "fedbn", "fedavg")
+    assert line.startswith("fedbn - fedavg: +12.5 points over 4 pairs")
+    assert "p = 0.125" in line
+    with pytest.raises(ConfigError, match="no run of 'fedwon'"):
+        compare(found, "fedbn", "fedwon")
 
 
 def test_folders_of_runs_and_refusals(runs, tmp_path):
