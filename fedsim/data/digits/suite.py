@@ -158,7 +158,7 @@ def _key(seed: int, train: int, domains: tuple[str, ...]) -> str:
     """Hash of everything the images depend on: the pack's bytes and the recipe."""
     digest = hashlib.sha256(f"{RECIPE} {seed} {train} {domains}".encode())
     for file in sorted(PACK.rglob("*")):
-        if file.is_file() and file.suffix != ".md":
+        if file.is_file() and file.suffix not in (".md", ".txt"):
             digest.update(file.name.encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
