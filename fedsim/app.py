@@ -17,9 +17,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsim.build import Plan, plan
 from fedsim.config import Algorithm, Config, kebab, parse_config
-from fedsim.flower import METRICS, log, read_order, reply_content, to_arrays, to_tensors
+from fedsim.flower import METRICS, log, read_order, reply_content
 from fedsim.registry import relevant_options
 from fedsim.types import ClientState
+from fedsim.wire import to_dense_arrays, to_tensors
 from fedsim.worker import EvaluationJob, Worker, WorkerSpec
 
 PRIVATE, MEMORY = "fedsim-private", "fedsim-memory"
@@ -81,7 +82,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy, config = planned.strategy, planned.config
     strategy.fraction_train, strategy.seed = planned.cohort / len(planned.shards), config.seed
     shared, _ = planned.task.initial()
-    result = strategy.start(grid, to_arrays(shared), num_rounds=config.rounds)
+    result = strategy.start(grid, to_dense_arrays(shared), num_rounds=config.rounds)
     for round, metrics in sorted(result.evaluate_metrics_clientapp.items()):
         log.info("round %d: %s", round, dict(metrics))
 
@@ -109,10 +110,10 @@ def train(message: Message, context: Context) -> Message:
     if result.failures:
         return Message(Error(CLIENT_FAILED, result.failures[0].reason), reply_to=message)
     for client_state in result.states.values():
-        context.state[PRIVATE] = to_arrays(client_state.private)
-        context.state[MEMORY] = to_arrays(client_state.memory)
+        context.state[PRIVATE] = to_dense_arrays(client_state.private)
+        context.state[MEMORY] = to_dense_arrays(client_state.memory)
     position = int(message.content["fedsim"]["order"])  # type: ignore[index, arg-type]
-    return Message(reply_content(result.replies[0], position), reply_to=message)
+    return Message(reply_content(result.replies[0], position, order.masks), reply_to=message)
 
 
 @client.evaluate()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedsim.config import Config
-from fedsim.data import Dataset, Partition, from_config, hold_out
+from fedsim.data import Dataset, Partition, from_config, hold_out, set_apart
 from fedsim.engine import Federation, block_size
 from fedsim.errors import ConfigError
+from fedsim.examples import Examples
 from fedsim.local import ClientTask
 from fedsim.models import build_model
+from fedsim.models.weights import load_weights
 from fedsim.optim import SGD, Adam, Optimizer
 from fedsim.pool import InProcess, Pool
+from fedsim.pretrain import pretrain
 from fedsim.random import torch_generator
 from fedsim.registry import Part, plugins_of, resolve, server_of
 from fedsim.store import ClientStore
@@ -49,10 +53,12 @@ def optimizer_of(config: Config) -> Optimizer:
 
 
 def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[int, ...]) -> ClientTask:
-    """Model skeleton with its initial weights (a function of the seed), plug-ins applied."""
+    """Model skeleton with its initial weights (a function of the seed, or from a file), plug-ins applied."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_generator(config.seed, purpose="model").initial_seed())
         model = build_model(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
+        if config.model.weights:
+            load_weights(model, config.model.weights)
         task = ClientTask(model, plugins_of(parts), optimizer_of(config))
         task.model.to(getattr(torch, config.training.dtype))  # after the surgery, which makes layers of its own
         return task
@@ -71,18 +77,50 @@ def choose_executor(task: ClientTask, device: str) -> str:
     return "vmap" if not convolutional and size <= 1_000_000 else "loop"
 
 
-def plan(config: Config) -> Plan:
+Data = tuple[Dataset, Partition, Partition | None]  # examples, training shards, held-out shards
+
+
+def data_of(config: Config) -> tuple[Dataset, Partition, Partition | None, np.ndarray]:
+    """(examples, training shards, held-out shards, examples of the server's own)."""
+    dataset, shards = from_config(config)
+    public = np.empty(0, np.int64)
+    if config.federation.public_per_class:
+        shards, public = set_apart(shards, dataset, config.federation.public_per_class, config.seed)
+    if not config.federation.validation:
+        return dataset, shards, None, public
+    return dataset, *hold_out(shards, dataset, config.federation.validation, config.seed), public
+
+
+def _deployed(config: Config, data: Data) -> tuple[Dataset, Partition, Partition | None, np.ndarray]:
+    if config.federation.public_per_class:
+        raise ConfigError(
+            "federation.public-per-class: a deployed server holds no examples; set it to 0 and give the model"
+            " pre-trained weights by model.weights"
+        )
+    return *data, np.empty(0, np.int64)
+
+
+def plan(config: Config, data: Data | None = None) -> Plan:
     """Resolve names, load data, cut shards, build the model and both halves of the algorithm.
+
+    Args:
+        data: what a deployed server or client has in place of the whole federation's data.
 
     Raises:
         ConfigError, DataError: with what to mend.
     """
     config, parts = resolve(config)
-    dataset, shards = from_config(config)
-    validation = None
-    if config.federation.validation:
-        shards, validation = hold_out(shards, dataset, config.federation.validation, config.seed)
+    dataset, shards, validation, public = _deployed(config, data) if data else data_of(config)
     task = task_of(config, parts, len(dataset.classes), dataset.shape)
+    if config.training.batch_size < task.smallest_batch:
+        raise ConfigError(
+            f"training.batch-size = {config.training.batch_size}: BatchNorm normalizes by statistics of the batch, and"
+            f" one example has none; expected {task.smallest_batch} or more, or a normalization of each example alone"
+        )
+    torch.set_num_threads(1)  # sums over threads would make the server's bits depend on their number
+    examples = Examples(dataset, dtype=getattr(torch, config.training.dtype))
+    if config.training.pretrain_epochs:
+        pretrain(task, examples, public, config.training, config.seed)
     clients = len(shards)
     wanted = config.federation.clients_per_round
     if wanted > clients:
@@ -94,7 +132,9 @@ def plan(config: Config) -> Plan:
     block = config.simulation.block or block_size(executor, cohort)
     simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
     config = config.model_copy(update={"simulation": simulation})
-    return Plan(config, parts, task, dataset, shards, validation, server_of(parts, task, config), cohort)
+    strategy = server_of(parts, task, config)
+    strategy.public = examples.batch("train", public)
+    return Plan(config, parts, task, dataset, shards, validation, strategy, cohort)
 
 
 def pool_of(spec: WorkerSpec, config: Config) -> Pool:
@@ -135,4 +175,5 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         cohort=plan.cohort,
         block=config.simulation.block,
         validation=validation,
+        unseen=config.federation.leave_out,
     )

@@ -96,12 +96,16 @@ def sweep(
 ) -> None:
     """Run configurations over a grid of values; names the best of each by validation, if examples are held out.
 
-    A finished run is kept and an unfinished one resumed when the same sweep is started again.
+    A finished run is kept and an unfinished one resumed when the same sweep is started again. A grid of two keys
+    (beside the seed) ends with a heat map, rows the first key's values, and its figures as tables.
     """
-    from fedsim.sweep import best, parse_grid
+    from fedsim.sweep import best, draw_grid, parse_grid
     from fedsim.sweep import sweep as run_sweep
 
-    results = run_sweep(configs, parse_grid(grid), list(set or []), out, jobs)
+    values = parse_grid(grid)
+    results = run_sweep(configs, values, list(set or []), out, jobs)
+    for line in draw_grid(results, values, out):
+        print(line)
     for name, (point, accuracy) in best(results).items():
         print(f"{name}: best on validation at {' '.join(point)} ({accuracy:.2%})")
 
@@ -160,8 +164,12 @@ def doctor() -> None:
 
 def _mount() -> None:
     from fedsim.data.cli import app as data
+    from fedsim.deployment.cli import client, keys, server
     from fedsim.results.cli import plot, table
 
+    app.command()(server)
+    app.command()(client)
+    app.add_typer(keys, name="keys", help="Keys and certificates of a deployment.")
     app.command()(plot)
     app.command()(table)
     app.add_typer(data, name="data", help="Show, describe and partition data sets.")

@@ -31,17 +31,21 @@ class Section(BaseModel):
 
 class Federation(Section):
     dataset: str = "digits"
-    root: str = Field("", description="folder of your own copy of the data set; empty for the built-in suite")
+    root: str = Field("", description="folder or file of your own copy of the data set; empty for the built-in suite")
     image_size: Annotated[int, Field(ge=0)] = Field(0, description="pixels a side of your own images; 0: the default")
     domains: str = Field("", description="comma-separated; empty: all domains of the data set")
+    leave_out: str = Field("", description="a domain that no client holds; scored as unseen")
     clients_per_domain: Count = 1
-    partition: Literal["iid", "dirichlet", "shards", "quantity", "pooled"] = "iid"
+    partition: Literal["iid", "dirichlet", "shards", "quantity", "natural", "pooled"] = "iid"
     across: bool = Field(False, description="partition the union of the domains, so that clients mix domains")
     alpha: Positive = Field(0.5, description="Dirichlet concentration over labels")
     classes_per_client: Count = 2
     power: Positive = Field(1.5, description="exponent of the quantity skew")
     min_examples: Count = 1
     examples_per_client: Annotated[int, Field(ge=0)] = Field(0, description="at most so many; 0: all")
+    public_per_class: Annotated[int, Field(ge=0)] = Field(
+        0, description="training examples of each class that the server holds instead of the clients"
+    )
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of every shard held out")
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     clients_per_round: Annotated[int, Field(ge=0)] = Field(0, description="overrides participation if not 0")
@@ -50,6 +54,7 @@ class Federation(Section):
 class Model(Section):
     name: str = "small-cnn"
     norm: Literal["bn", "gn", "ln", "none"] = "bn"
+    weights: str = Field("", description="safetensors file of initial weights; empty: drawn from the seed")
 
 
 class Training(Section):
@@ -65,17 +70,19 @@ class Training(Section):
     decay: Annotated[float, Field(gt=0, le=1)] = Field(0.995, description="factor of exponential and step")
     decay_every: Count = 10
     augment: str = "none"
+    pretrain_epochs: Annotated[int, Field(ge=0)] = Field(0, description="on the server's public examples, first of all")
     dtype: Literal["float32", "float64"] = Field("float32", description="float64: to tell rounding from mistakes")
 
 
 class Algorithm(BaseModel):
-    """The three axes and the server rule; other keys are options of the parts chosen."""
+    """The four axes and the server rule; other keys are options of the parts chosen."""
 
     model_config = ConfigDict(alias_generator=kebab, populate_by_name=True, extra="allow", frozen=True)
     __pydantic_extra__: dict[str, Scalar]
 
     strategy: str = "fedavg"
     normalization: str = ""
+    adapters: str = ""
     pruning: str = ""
     learning_rate: str = ""
 
@@ -119,6 +126,8 @@ class Config(Section):
     def _consistent(self) -> Config:
         if self.training.momentum and self.training.optimizer == "adam":
             raise ValueError("training.momentum belongs to optimizer = 'sgd'; Adam has its own (remove the key)")
+        if self.training.pretrain_epochs and not self.federation.public_per_class:
+            raise ValueError("training.pretrain-epochs needs examples: set federation.public-per-class too")
         return self
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fedsim.fold import Partial, mean, merge
 from fedsim.pool import Pool, WorkerLost
 from fedsim.random import generator
 from fedsim.store import ClientStore
 from fedsim.strategy import Replies
+from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
 from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
 
@@ -32,6 +34,7 @@ class Federation:
         cohort: clients sampled in a round.
         block: clients of a block (the unit of scheduling, of vectorisation and of partial sums).
         validation: held-out training examples of each client, if any.
+        unseen: a domain that no client holds, or "".
     """
 
     def __init__(
@@ -43,10 +46,11 @@ class Federation:
         cohort: int,
         block: int,
         validation: Sequence[np.ndarray] | None = None,
+        unseen: str = "",
     ):
         self.spec, self.pool, self.store = spec, pool, store
         self.cohort, self.block = cohort, block
-        self.validation = validation
+        self.validation, self.unseen = validation, unseen
         self.shared, self.private = spec.task.initial()
         self.failures: list[Failure] = []
         self.dropped = self.retried = 0
@@ -65,6 +69,12 @@ class Federation:
         """A client's private state; one that was never trained has the initial private tensors."""
         return self.store.get(client) or ClientState(self.private, {})
 
+    def newcomer(self) -> Tensors:
+        """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
+        (the advice of FedBN's authors for external clients), or the initial ones if none has."""
+        states = [state.private for c in range(len(self)) if (state := self.store.get(c))] if self.private else []
+        return mean(merge(Partial.of(s, 1.0) for s in states), self.private) if states else self.private
+
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         """Carry out an order.
 
@@ -74,7 +84,7 @@ class Federation:
         results = self.train_blocks(order, clients)
         replies = [reply for result in results for reply in result.replies]
         partials = [result.partial for result in results if result.partial is not None]
-        return Replies(replies, partials, order.weighting)
+        return Replies(replies, partials, order.weighting, len(self))
 
     def train_blocks(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         """The results in block order; the clients' new private states are stored."""
@@ -101,7 +111,7 @@ class Federation:
 
         Without private tensors there is one model: it is scored on each domain (client -1). With them every
         client's own model is scored on the test split of each domain it holds data of. ``validation`` scores each
-        client on its held-out examples.
+        client on its held-out examples; ``unseen`` scores the model of a newcomer on the domain left out.
         """
         jobs = list(self._jobs(split))
         chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
@@ -121,6 +131,9 @@ class Federation:
                 if len(indices):
                     private = self.state(client).private
                     yield EvaluationJob(client, self.domains(client)[0], split, indices, private)
+        elif split == "unseen":
+            if self.unseen:
+                yield EvaluationJob(-1, self.unseen, split, dataset.slice(self.unseen, "test"), self.newcomer())
         elif not self.private:
             for domain in shards.domains:
                 yield EvaluationJob(-1, domain, split, dataset.slice(domain, "test"))
@@ -129,6 +142,18 @@ class Federation:
                 for domain in self.domains(client):
                     private = self.state(client).private
                     yield EvaluationJob(client, domain, split, dataset.slice(domain, "test"), private)
+
+    def traffic(self, order: Order, clients: Sequence[int], replies: Replies) -> tuple[int, int]:
+        """(bytes down, bytes up) of an order: what its serialized messages would take on a wire."""
+        up = replies_bytes(order, replies.singles, replies.folded(order.shared))
+        return len(clients) * order_bytes(order), up
+
+    def client_metrics(self) -> list[tuple[int, str, float]]:
+        """(client, name, value): what else is known of the clients after an order."""
+        return []
+
+    def close(self) -> None:
+        self.pool.close()
 
     def domains(self, client: int) -> list[str]:
         """Names of the domains a client holds examples of."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from fedsim.types import Tensors
 
 
 def forward_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
@@ -24,6 +27,23 @@ def forward_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     return {**named, "": totals.get("Global", 0)}
 
 
-def training_flops(forward: int) -> int:
-    """Forward and backward of one example: three times the forward pass (Evci et al. 2020)."""
-    return 3 * forward
+def masked_flops(forward: Mapping[str, int], masks: Tensors) -> float:
+    """FLOPs of a forward pass whose masked layers skip what is pruned: each scaled by its density.
+
+    Forward and backward together are three such passes; a dense gradient of the weights makes one of them dense
+    (Evci et al. 2020).
+    """
+    saved = 0.0
+    for name, mask in masks.items():
+        saved += forward.get(name.rpartition(".")[0], 0) * (1 - int(mask.sum()) / mask.numel())
+    return forward[""] - saved
+
+
+def training_memory(parameters: int, masks: Tensors, dense_gradient: bool = False) -> int:
+    """Bytes of weights and gradients in single precision, sparse ones as value and two indices (COO).
+
+    As FedTiny's paper counts; activations are not in it. ``parameters``: of the whole model, masked or not.
+    """
+    masked, kept = sum(m.numel() for m in masks.values()), sum(int(m.sum()) for m in masks.values())
+    weights = 3 * kept + parameters - masked
+    return 4 * (weights + (parameters if dense_gradient else weights))

@@ -6,34 +6,26 @@ versions; unstable names live in ``fedsim.grid`` and the deployment.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedsim.fold import Partial
-from fedsim.guard import refuse, refuse_count, refuse_metrics
+from fedsim.guard import refuse, refuse_count, refuse_metrics, refuse_report
 from fedsim.random import generator
 from fedsim.types import Order, Reply, Tensors
+from fedsim.wire import to_arrays, to_dense_arrays, to_tensors, to_tensors_and_masks
 
 if TYPE_CHECKING:
     from fedsim.strategy import Replies
 
 log = getLogger("fedsim")
 CONFIG, SHARED, EXTRA, REPORT, METRICS, PARTIAL = "fedsim", "shared", "extra", "report", "metrics", "partial"
-
-
-def to_arrays(tensors: Tensors) -> ArrayRecord:
-    return ArrayRecord({n: Array(v.detach().cpu().contiguous().numpy()) for n, v in tensors.items()})
-
-
-def to_tensors(record: ArrayRecord) -> Tensors:
-    return {n: torch.from_numpy(np.array(a.numpy())) for n, a in record.items()}
 
 
 def order_content(order: Order, number: int = 0) -> RecordDict:
@@ -45,10 +37,12 @@ def order_content(order: Order, number: int = 0) -> RecordDict:
         "weighting": order.weighting,
         "order": number,
     }
+    if order.returns is not None:
+        config["returns"] = list(order.returns)
     scalars = {f"scalar.{n}": float(v) for n, v in order.scalars.items()}
     return RecordDict(
         {
-            SHARED: to_arrays(order.shared),
+            SHARED: to_arrays(order.shared, order.masks),
             EXTRA: to_arrays(order.extra),
             CONFIG: ConfigRecord({**config, **scalars}),
         }
@@ -63,38 +57,53 @@ def read_order(content: RecordDict) -> Order:
     """
     config: Any = content[CONFIG]
     prefix = "scalar."
+    shared, masks = to_tensors_and_masks(content[SHARED])  # type: ignore[arg-type]
     return Order(
         round=int(config["server-round"]),
-        shared=to_tensors(content[SHARED]),  # type: ignore[arg-type]
+        shared=shared,
         task=str(config["task"]),
         extra=to_tensors(content[EXTRA]),  # type: ignore[arg-type]
         scalars={k.removeprefix(prefix): float(v) for k, v in config.items() if k.startswith(prefix)},
         fold=bool(config["fold"]),
         weighting=str(config["weighting"]),
+        masks=masks,
+        returns=tuple(config["returns"]) if "returns" in config else None,
     )
 
 
-def reply_content(reply: Reply, number: int, partial: Partial | None = None) -> RecordDict:
-    """A client's reply; the first client of a folded block also carries the block's partial sums."""
+def reply_content(
+    reply: Reply, number: int, masks: Tensors | None = None, partial: Partial | None = None
+) -> RecordDict:
+    """A client's reply to an order with these masks; the first client of a folded block also carries the block's
+    partial sums."""
+    masks = {n: m for n, m in (masks or {}).items() if n in reply.shared}
     metrics: dict[str, int | float] = {"num-examples": reply.examples, "order": number, "client": reply.client}
     content = RecordDict(
         {
-            SHARED: to_arrays(reply.shared),
-            REPORT: to_arrays(reply.report),
+            SHARED: to_arrays(reply.shared, masks),
+            REPORT: to_dense_arrays(reply.report),
             METRICS: MetricRecord({**metrics, **dict(reply.metrics)}),
         }
     )
     if partial is not None:
-        content[PARTIAL] = to_arrays(partial.sums())
+        content[PARTIAL] = to_dense_arrays(partial.sums())
         content[CONFIG] = ConfigRecord({"weight": partial.weight})
     return content
 
 
-def read_reply(content: RecordDict) -> tuple[Reply, int, Partial | None]:
-    """(reply, number of the order, partial sums if it carries a block's)."""
+def read_reply(content: RecordDict, orders: Sequence[Order]) -> tuple[Reply, int, Partial | None]:
+    """(reply, number of the order it answers, partial sums if it carries a block's).
+
+    Raises:
+        KeyError, ValueError, TypeError, IndexError: the message is no reply to one of ``orders``.
+    """
     metrics: Any = dict(content[METRICS])  # type: ignore[arg-type]
     examples, number, client = metrics.pop("num-examples"), int(metrics.pop("order")), int(metrics.pop("client"))
-    reply = Reply(client, examples, to_tensors(content[SHARED]), to_tensors(content[REPORT]), metrics)  # type: ignore[arg-type]
+    if not 0 <= number < len(orders):
+        raise IndexError(f"order {number}, there were {len(orders)}")
+    shared = to_tensors(content[SHARED], orders[number].shared)  # type: ignore[arg-type]
+    report = to_tensors(content[REPORT], {})  # type: ignore[arg-type]
+    reply = Reply(client, examples, shared, report, metrics)
     if PARTIAL not in content:
         return reply, number, None
     weight = float(content[CONFIG]["weight"])  # type: ignore[index, arg-type]
@@ -110,11 +119,13 @@ class FlowerMethods(FlowerStrategy):
     shared: Any
     model: Any
     seed: int
+    setup_rounds: int
     fraction_train: float
 
     def __init__(self) -> None:
         self.state: Tensors | None = None
         self._sent: list[Order] = []
+        self._population = 0
 
     def summary(self) -> None:
         log.info("%s: fraction-train %g, seed %d", type(self).__name__, self.fraction_train, self.seed)
@@ -131,7 +142,14 @@ class FlowerMethods(FlowerStrategy):
     ) -> list[Message]:
         if self.state is None or server_round == 1:
             self.state = self.init(to_tensors(arrays))
+            for setup in range(1 - self.setup_rounds, 1):
+                self.aggregate_train(setup, grid.send_and_receive(self._messages(setup, grid)))
+        return self._messages(server_round, grid)
+
+    def _messages(self, server_round: int, grid: Grid) -> list[Message]:
+        """The orders of a round, each to every node sampled."""
         self._sent = self.orders(server_round, self.state)
+        self._population = len(list(grid.get_node_ids()))
         nodes = self.sample(server_round, grid)
         messages = []
         for number, order in enumerate(self._sent):
@@ -145,7 +163,7 @@ class FlowerMethods(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         assert self.state is not None, "configure_train comes first"
         losses: list[tuple[float, int]] = []
-        for number, believed in enumerate(collect(replies, self._sent)):
+        for number, believed in enumerate(collect(replies, self._sent, self._population)):
             if not believed.singles:
                 log.warning("round %d: no reply to order %d can be used; the model stays", server_round, number)
                 continue
@@ -154,7 +172,7 @@ class FlowerMethods(FlowerStrategy):
         if not losses:
             return None, None
         loss = sum(value * n for value, n in losses) / sum(n for _, n in losses)
-        return to_arrays(self.shared(self.state)), MetricRecord({"loss": loss, "clients": len(losses)})
+        return to_dense_arrays(self.shared(self.state)), MetricRecord({"loss": loss, "clients": len(losses)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -177,7 +195,7 @@ class FlowerMethods(FlowerStrategy):
         return MetricRecord({n: v / examples for n, v in sums.items()}) if examples else None
 
 
-def collect(messages: Iterable[Message], orders: list[Order]) -> list[Replies]:
+def collect(messages: Iterable[Message], orders: list[Order], population: int = 0) -> list[Replies]:
     """Sort replies by order and client, and leave out, by name, what the guard does not believe."""
     from fedsim.strategy import Replies
 
@@ -189,11 +207,11 @@ def collect(messages: Iterable[Message], orders: list[Order]) -> list[Replies]:
             log.warning("node %d: %s", node, message.error.reason)
             continue
         try:
-            reply, number, partial = read_reply(message.content)
+            reply, number, partial = read_reply(message.content, orders)
             order = orders[number]
-            expected = {} if partial is not None or (order.fold and not reply.shared) else order.shared
+            expected = {} if partial is not None or (order.fold and not reply.shared) else order.returned
             reason = refuse(reply.shared, expected) or refuse_count(reply.examples)
-            reason = reason or refuse_metrics(reply.metrics)
+            reason = reason or refuse_metrics(reply.metrics) or refuse_report(reply.report)
         except (KeyError, ValueError, TypeError, IndexError) as error:
             reason = f"not a reply: {type(error).__name__}: {error}"
         if reason is not None:
@@ -204,6 +222,6 @@ def collect(messages: Iterable[Message], orders: list[Order]) -> list[Replies]:
             partials[number][reply.client] = partial
     by_client = lambda replies: sorted(replies, key=lambda r: r.client)  # noqa: E731
     return [
-        Replies(by_client(s), [p for _, p in sorted(ps.items())], order.weighting)
+        Replies(by_client(s), [p for _, p in sorted(ps.items())], order.weighting, population)
         for s, ps, order in zip(singles, partials, orders)
     ]

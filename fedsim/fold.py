@@ -62,9 +62,9 @@ def merge(partials: Iterable[Partial]) -> Partial:
 
 
 def mean(total: Partial, like: Tensors) -> Tensors:
-    """sum_k p_k theta_k / sum_k p_k in the dtypes of ``like``; integer tensors (counters) are rounded."""
+    """sum_k p_k theta_k / sum_k p_k of the names and in the dtypes of ``like``; integer tensors are rounded."""
     out = {}
-    for name, value in total.sums().items():
+    for name, value in ((n, v) for n, v in total.sums().items() if n in like):
         average, dtype = value / total.weight, like[name].dtype
         out[name] = (average if dtype.is_floating_point else average.round()).to(dtype)
     return out

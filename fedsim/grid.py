@@ -8,6 +8,7 @@ gets one ordinary reply a client, with one ArrayRecord and one MetricRecord, as 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -15,8 +16,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.engine import Federation
-from fedsim.flower import CONFIG, METRICS, read_order, reply_content, to_arrays, to_tensors
+from fedsim.flower import CONFIG, METRICS, read_order, reply_content
 from fedsim.types import Order
+from fedsim.wire import to_dense_arrays, to_tensors
 from fedsim.worker import BlockResult
 
 CLIENT_FAILED = 2  # Flower's error code for an exception in the ClientApp
@@ -35,7 +37,7 @@ class SimulationGrid(Grid):
 
     def initial_arrays(self) -> ArrayRecord:
         """The shared tensors of the federation's model: what a strategy starts from."""
-        return to_arrays(self.federation.shared)
+        return to_dense_arrays(self.federation.shared)
 
     def set_run(self, run: Any) -> None:
         self._run = run
@@ -99,17 +101,17 @@ class SimulationGrid(Grid):
         order, number = self._order(group[0].content)
         # What the clients keep private is not the server's to send, even if its first arrays held the whole model.
         kept = {n: v for n, v in order.shared.items() if n in self.federation.shared}
-        order = Order(order.round, kept, order.task, order.extra, order.scalars, order.fold, order.weighting)
+        order = replace(order, shared=kept)
         out = []
         for result in self.federation.train_blocks(order, list(by_client)):
-            out += [Message(c, reply_to=by_client[i]) for i, c in self._contents(result, number)]
+            out += [Message(c, reply_to=by_client[i]) for i, c in self._contents(result, order, number)]
             out += [Message(Error(CLIENT_FAILED, f.reason), reply_to=by_client[f.client]) for f in result.failures]
         return out
 
-    def _contents(self, result: BlockResult, number: int) -> list[tuple[int, RecordDict]]:
+    def _contents(self, result: BlockResult, order: Order, number: int) -> list[tuple[int, RecordDict]]:
         if number >= 0:
             return [
-                (r.client, reply_content(r, number, result.partial if i == 0 else None))
+                (r.client, reply_content(r, number, order.masks, result.partial if i == 0 else None))
                 for i, r in enumerate(result.replies)
             ]
         return [
@@ -117,7 +119,7 @@ class SimulationGrid(Grid):
                 r.client,
                 RecordDict(
                     {
-                        "arrays": to_arrays(r.shared),
+                        "arrays": to_dense_arrays(r.shared),
                         "metrics": MetricRecord({"num-examples": r.examples, **dict(r.metrics)}),
                     }
                 ),

@@ -41,6 +41,12 @@ def refuse_count(examples: object, most: int | None = None) -> str | None:
     return None
 
 
+def refuse_report(report: Tensors) -> str | None:
+    """Why what a plug-in reports is not believable: a value that is not finite."""
+    bad = next((n for n, v in report.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+    return f"report '{bad}' holds a value that is not finite" if bad is not None else None
+
+
 def refuse_metrics(metrics: Mapping[str, float]) -> str | None:
     """Why metrics are not believable: a number that is not finite."""
     bad = next((n for n, v in metrics.items() if not math.isfinite(v)), None)

@@ -7,7 +7,7 @@ the clients of a block. Both yield ``Outcome`` objects in client order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fedsim.models.norm import classify
 from fedsim.optim import Optimizer
 from fedsim.plugin import Plugin
+from fedsim.stepping import WholeGradients, stepper
 from fedsim.types import ClientState, Order, Tensors, View
 
 Fetch = Callable[[np.ndarray, int], tuple[Tensor, Tensor]]  # (indices, step) -> inputs, labels
@@ -105,25 +106,10 @@ class ClientTask:
         logits, aux = output if isinstance(output, tuple) else (output, {})
         # [B, C], or [B, T, C] of a language model
         loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
-        view = View(order, memory, aux=aux)
+        view = View(order, memory, aux=aux, labels=y)
         for plugin in self.plugins:
             loss = plugin.loss(loss, params, view)
         return loss, correct(logits, y)
-
-    def transform(
-        self, grads: Tensors, states: list[Tensors], params: Tensors, view: View
-    ) -> tuple[Tensors, list[Tensors]]:
-        """Pass gradients through every plug-in in turn."""
-        after = []
-        for plugin, state in zip(self.plugins, states):
-            grads, state = plugin.update(grads, state, params, view)
-            after.append(state)
-        return grads, after
-
-    def project(self, params: Tensors, view: View) -> Tensors:
-        for plugin in self.plugins:
-            params = plugin.project(params, view)
-        return params
 
     def finish(self, params: Tensors, states: list[Tensors], view: View) -> tuple[Tensors, Tensors]:
         """(report, memory) of all plug-ins together, memory names prefixed with the plug-in's."""
@@ -144,42 +130,37 @@ def run_loop(task: ClientTask, order: Order, block: Sequence[Work], lr: float) -
     task.begin(order)
     model = task.model
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    params = {n: named[n] for n in task.trainable}
-    for work in block:
-        with torch.no_grad():
-            for name, value in {**order.shared, **work.state.private}.items():
-                named[name].copy_(value)
-        yield _train_one(task, order, work, params, lr)
+    stepping = stepper(task.plugins, task.optimizer, {n: named[n] for n in task.trainable})
+    try:
+        for work in block:
+            with torch.no_grad():
+                for name, value in {**order.shared, **work.state.private}.items():
+                    named[name].copy_(value)
+            yield _train_one(task, order, work, stepping, lr)
+    finally:
+        stepping.close()
 
 
-def _train_one(task: ClientTask, order: Order, work: Work, params: Tensors, lr: float) -> Outcome:
-    memory = work.state.memory
-    view = View(order, memory, lr, float(len(work.plan)))
-    states = [p.start(params, view) for p in task.plugins]
-    moments = task.optimizer.init(params)
+def _train_one(task: ClientTask, order: Order, work: Work, stepping: WholeGradients, lr: float) -> Outcome:
+    memory, params, steps = work.state.memory, stepping.params, len(work.plan)
+    view = View(order, memory, lr, float(steps))
+    stepping.start(view)
     loss_sum, hits, seen = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
     for step, indices in enumerate(work.plan):
         x, y = work.fetch(indices, step)
         with torch.set_grad_enabled(order.task == "train"):
             loss, right = task.objective(task.model(x), y, params, order, memory)
         if order.task == "train":
-            found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-            with torch.no_grad():
-                grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found)}
-                grads, states = task.transform(grads, states, params, view)
-                task.optimizer.step(params, grads, moments, lr, step)
-                for name, value in task.project(params, view).items():
-                    if value is not params[name]:
-                        params[name].copy_(value)
+            stepping.step(loss, replace(view, last=step + 1 == steps), step)
         loss_sum += loss.detach() * len(y)
         hits += right
         seen += len(y)
     with torch.no_grad():
-        report, memory = task.finish(params, states, view)
+        report, memory = task.finish(params, stepping.states, view)
     current = task.model.state_dict()
     return Outcome(
         client=work.client,
-        shared={n: current[n].detach() for n in order.shared},
+        shared={n: current[n].detach() for n in order.returned},
         state=ClientState({n: current[n].detach().clone() for n in sorted(task.private)}, memory),
         report=report,
         loss=float(loss_sum),

@@ -17,7 +17,14 @@ class Plugin:
 
     The hooks run in this order: ``prepare`` and ``private`` once a process; ``begin`` once an order; then for
     each client ``start``, for each step ``loss`` and ``update``, and ``finish``.
+
+    Attributes:
+        per_tensor: ``update`` looks at each tensor by itself, so it may be called with a single gradient at a time.
+        frugal: asks the loop executor to keep one gradient alive at a time, if every plug-in is ``per_tensor``.
     """
+
+    per_tensor: bool = False
+    frugal: bool = False
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Model surgery, before any weight is sent: strip layers, swap layers, add adapters, freeze."""
@@ -47,5 +54,8 @@ class Plugin:
         return params
 
     def finish(self, params: Tensors, state: Tensors, view: View) -> tuple[Tensors, Tensors]:
-        """(report to the server, memory to keep): both small, both tensors by name, the names the plug-in's own."""
+        """(report to the server, memory to keep): tensors by name, the names the plug-in's own.
+
+        Small, except what the server needs only the mean of: such a report goes under ``fedsim.types.FOLDED``.
+        """
         return {}, {}

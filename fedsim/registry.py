@@ -1,4 +1,4 @@
-"""Finds algorithms by name and puts them together: a server rule and three axes, each a small registered function.
+"""Finds algorithms by name and puts them together: a server rule and four axes, each a small registered function.
 
 A part is registered by the file that implements it:
 
@@ -24,8 +24,14 @@ from fedsim.local import ClientTask
 from fedsim.plugin import Plugin
 from fedsim.strategy import Strategy
 
-AXES = ("rule", "normalization", "pruning", "learning-rate")
-DEFAULTS = {"rule": "fedavg", "normalization": "shared", "pruning": "none", "learning-rate": "constant"}
+AXES = ("rule", "normalization", "adapters", "pruning", "learning-rate")
+DEFAULTS = {
+    "rule": "fedavg",
+    "normalization": "shared",
+    "adapters": "none",
+    "pruning": "none",
+    "learning-rate": "constant",
+}
 PACKAGES = ("clients", "strategies")
 
 
@@ -45,6 +51,13 @@ class Part:
 
 
 Builder = Callable[..., Part]
+
+
+def nothing_shared(task: ClientTask, config: Config) -> str | None:
+    """A ``check`` of parts that work on the mean update of the clients."""
+    if set(task.trainable) - task.private:
+        return None
+    return f"strategy '{config.algorithm.strategy}' shares nothing, so there is no update for it to work on"
 
 
 @dataclass(frozen=True)
@@ -180,8 +193,9 @@ def _spell(names: Mapping[str, str]) -> str:
 
 
 def plugins_of(parts: Mapping[str, Part]) -> tuple[Plugin, ...]:
-    """The client half: plug-ins in the order of the axes."""
-    return tuple(plugin for axis in AXES for plugin in parts[axis].plugins)
+    """The client half. Pruning comes first, so that clipping and rates see the gradients of what is trained."""
+    order = ("pruning", *(axis for axis in AXES if axis != "pruning"))
+    return tuple(plugin for axis in order for plugin in parts[axis].plugins)
 
 
 def server_of(parts: Mapping[str, Part], task: ClientTask, config: Config) -> Strategy:
@@ -195,7 +209,7 @@ def server_of(parts: Mapping[str, Part], task: ClientTask, config: Config) -> St
         if reason:
             raise ConfigError(f"algorithm.{axis}: {reason}")
     strategy: Strategy | None = None
-    for axis in ("rule", "normalization", "learning-rate", "pruning"):
+    for axis in ("rule", "normalization", "adapters", "learning-rate", "pruning"):
         server = parts[axis].server
         if server is not None:
             strategy = server(strategy, task)

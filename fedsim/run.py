@@ -22,7 +22,8 @@ from fedsim.config import Config, load_config
 from fedsim.engine import Federation
 from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.examples import Examples
-from fedsim.flops import forward_flops, training_flops
+from fedsim.flops import forward_flops, masked_flops
+from fedsim.models.weights import weights_sha256
 from fedsim.results.progress import Progress
 from fedsim.results.store import MetricStore
 from fedsim.rundir import RunWriter
@@ -57,6 +58,7 @@ class Totals:
 def numerics(config: Config) -> dict[str, Any]:
     """What the bits of a run depend on beside its configuration and seed."""
     return {
+        **weights_of(config),  # a frozen backbone is in no checkpoint: a resumed run reads it from the file again
         "executor": config.simulation.executor,
         "block": config.simulation.block,
         "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
@@ -66,8 +68,10 @@ def numerics(config: Config) -> dict[str, Any]:
     }
 
 
-def tensor_bytes(tensors: Tensors) -> int:
-    return sum(v.nbytes for v in tensors.values())
+def weights_of(config: Config) -> dict[str, str]:
+    """Checksum of the file of initial weights, if there is one."""
+    path = config.model.weights
+    return {"weights_sha256": weights_sha256(path)} if path else {}
 
 
 def run(config: Config, out: Path, *, debug: bool = False) -> dict[str, Any]:
@@ -107,8 +111,18 @@ def resume(path: Path, *, round: int | None = None, allow_other_numerics: bool =
     return _Run(planned, writer, debug=debug).go(snapshot, resumed=True)
 
 
+def drive(federation: Federation, planned: Plan, writer: RunWriter, *, debug: bool = False) -> dict[str, Any]:
+    """Run or continue on a federation that is there already (real clients); the same run directory and summary."""
+    resumed = (writer.path / "config.toml").exists()
+    if not resumed:
+        writer.write_config(planned.config)
+    snapshot = Checkpoints(writer.path / "checkpoints", planned.config.checkpoint.keep).newest()
+    return _Run(planned, writer, debug=debug, federation=federation).go(snapshot, resumed=resumed)
+
+
 class _Run:
-    def __init__(self, planned: Plan, writer: RunWriter, *, debug: bool):
+    def __init__(self, planned: Plan, writer: RunWriter, *, debug: bool, federation: Federation | None = None):
+        self.federation = federation
         self.plan, self.config, self.writer = planned, planned.config, writer
         self.strategy = planned.strategy
         self.store = ClientStore(writer.path / "clients.sqlite")
@@ -120,10 +134,10 @@ class _Run:
         self.started = time.perf_counter()
         self.progress = Progress(self.config.name, self.config.rounds)
         x, _ = Examples(planned.dataset, dtype=getattr(torch, self.config.training.dtype)).batch("train", np.array([0]))
-        self.example_flops = training_flops(forward_flops(planned.task.model, x[0])[""])
+        self.forward_flops = forward_flops(planned.task.model, x[0])
 
     def go(self, snapshot: Snapshot | None, *, resumed: bool = False) -> dict[str, Any]:
-        federation = federation_of(self.plan, self.store, debug=self.debug)
+        federation = self.federation or federation_of(self.plan, self.store, debug=self.debug)
         try:
             with self.progress, _signals(self):
                 first, state = self._begin(federation, snapshot, resumed)
@@ -140,7 +154,7 @@ class _Run:
                         raise Interrupted(f"stopped after round {round}; continue with 'fedsim resume {where}'")
             return self._summarise(federation, state)
         finally:
-            federation.pool.close()
+            federation.close()
             self.store.close()
             self.metrics.close()
             self.writer.close()
@@ -182,12 +196,17 @@ class _Run:
 
     def _account(self, federation: Federation, order: Order, clients: list[int], replies: Replies) -> None:
         totals, round = self.totals, order.round
-        totals.bytes_down += len(clients) * (tensor_bytes(order.shared) + tensor_bytes(order.extra))
-        model = tensor_bytes(order.shared) if order.task != "score" else 0
-        totals.bytes_up += sum(model + tensor_bytes(r.report) for r in replies.singles)
+        down, up = federation.traffic(order, clients, replies)
+        totals.bytes_down += down
+        totals.bytes_up += up
         seen = int(sum(r.metrics["seen"] for r in replies.singles))
-        totals.examples_seen += seen if order.task == "train" else 0
-        totals.train_flops += seen * self.example_flops // (1 if order.task == "train" else 3)
+        if order.task == "train":
+            last = min(seen, len(replies.singles) * self.config.training.batch_size)
+            flops = self.strategy.training_flops(order, self.forward_flops, seen, last)
+            totals.examples_seen += seen
+        else:
+            flops = masked_flops(self.forward_flops, order.masks) * seen
+        totals.train_flops += int(flops)
         totals.retried_clients += federation.retried
         totals.dropped_examples += federation.dropped
         for failure in federation.failures:
@@ -196,7 +215,8 @@ class _Run:
                 "rejected", round=round, client=failure.client, stage=failure.stage, reason=failure.reason
             )
             self.progress.note(f"round {round}: client {failure.client} left out: {failure.reason}")
-        rows = []
+        costs = {"bytes-down": down, "bytes-up": up, "flops": flops}
+        rows = [(round, -1, "", order.task, name, float(value), 1.0) for name, value in costs.items()]
         for reply in replies.singles:
             domain = federation.domains(reply.client)[0]
             weight = reply.metrics["seen"]
@@ -205,8 +225,10 @@ class _Run:
             rows += [
                 (round, reply.client, domain, "train", name, float(v), 1.0)
                 for name, v in reply.report.items()
-                if v.numel() == 1
+                if v.dim() == 0
             ]
+        for client, name, value in federation.client_metrics():
+            rows.append((round, client, federation.domains(client)[0], "train", name, value, 1.0))
         self.metrics.add(rows)
         if order.task == "train":
             self.latest["loss"] = replies.metric("loss") if replies.singles else None
@@ -215,8 +237,11 @@ class _Run:
         shared = self.strategy.model(state)
         scores = federation.evaluate(shared)
         self._record(round, scores)
-        accuracy = by_domain(scores, federation.spec.shards.domains)
+        accuracy = by_domain(scores, self.plan.shards.domains)
         self.latest |= {"round": round, "accuracy": accuracy}
+        if unseen := federation.evaluate(shared, "unseen"):
+            self._record(round, unseen)
+            self.latest["unseen_accuracy"] = {s.domain: s.correct / s.examples for s in unseen}
         held_out = federation.evaluate(shared, "validation")
         if held_out:
             self._record(round, held_out)
@@ -233,6 +258,11 @@ class _Run:
             rows.append((round, s.client, s.domain, s.split, "accuracy", s.correct, s.examples))
             rows.append((round, s.client, s.domain, s.split, "loss", s.loss, s.examples))
         self.metrics.add(rows)
+
+    def _parameters(self) -> int:
+        task = self.plan.task
+        parameters = dict(task.model.named_parameters())
+        return sum(parameters[n].numel() for n in task.trainable)
 
     def _checkpoint(self, federation: Federation, round: int, state: Tensors) -> None:
         self.totals.seconds = time.perf_counter() - self.started
@@ -256,6 +286,7 @@ class _Run:
             "name": config.name,
             "strategy": config.algorithm.strategy,
             "model": config.model.name,
+            **weights_of(config),
             "dataset": config.federation.dataset,
             "dataset_sha256": self.plan.dataset.digest,
             "seed": config.seed,
@@ -265,12 +296,16 @@ class _Run:
             "mean_accuracy": sum(values) / len(values),
             "worst_accuracy": min(values),
             **totals,
+            "training_memory_bytes": self.strategy.training_memory(state, self._parameters()),
+            "server": self.strategy.metrics(state),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "state_sha256": state_sha256(state),
             "executor": config.simulation.executor,
             "workers": config.simulation.workers,
             "block": config.simulation.block,
         }
+        if "unseen_accuracy" in self.latest:
+            summary["unseen_accuracy"] = self.latest["unseen_accuracy"]
         if self.best:
             summary["validation_accuracy"] = self.latest["validation_accuracy"]
             summary["selected"] = self.best

@@ -7,14 +7,18 @@ any Flower Grid.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+from fedsim.flops import masked_flops, training_memory
 from fedsim.flower import FlowerMethods
 from fedsim.fold import Partial, mean, merge
 from fedsim.plugin import Plugin
-from fedsim.types import Order, Reply, Tensors
+from fedsim.types import FOLDED, Order, Reply, Tensors
 
 SERVER = "@"  # prefix of the state entries that never leave the server
 
@@ -24,12 +28,14 @@ class Replies:
     """The believed replies to one order, in client order.
 
     If the order asked to fold, ``partials`` holds the block sums and the single replies carry no model tensors;
-    reports and metrics are there either way.
+    reports and metrics are there either way. ``population`` is the number of clients of the federation, sampled or
+    not (N of SCAFFOLD and FedDyn); 0 where it is not known, which stands for full participation.
     """
 
     singles: Sequence[Reply]
     partials: Sequence[Partial] = ()
     weighting: str = "examples"
+    population: int = 0
     _cache: dict[str, Partial] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -38,12 +44,33 @@ class Replies:
     def weight(self, reply: Reply) -> float:
         return float(reply.examples) if self.weighting == "examples" else 1.0
 
-    def mean(self, like: Tensors) -> Tensors:
-        """sum_k p_k theta_k / sum_k p_k in the dtypes of ``like``."""
+    @property
+    def share(self) -> float:
+        """|S| / N, the part of the federation that replied."""
+        return len(self) / max(self.population, len(self))
+
+    def _total(self) -> Partial:
         if "total" not in self._cache:
-            parts = self.partials or [Partial.of(dict(r.shared), self.weight(r)) for r in self.singles]
+            folded = lambda r: {n: v for n, v in r.report.items() if n.startswith(FOLDED)}  # noqa: E731
+            parts = self.partials or [Partial.of({**r.shared, **folded(r)}, self.weight(r)) for r in self.singles]
             self._cache["total"] = merge(parts)
-        return mean(self._cache["total"], like)
+        return self._cache["total"]
+
+    def mean(self, like: Tensors) -> Tensors:
+        """sum_k p_k theta_k / sum_k p_k of the names and in the dtypes of ``like``."""
+        return mean(self._total(), like)
+
+    def folded(self, like: Tensors) -> Tensors:
+        """What one client's reports under ``FOLDED`` look like: names and shapes, in the dtypes of ``like``."""
+        names = {n for p in self.partials[:1] for n in p.tensors if n.startswith(FOLDED)}
+        dtype = next(iter(like.values())).dtype if like else torch.float32
+        return {n: self.partials[0].tensors[n].to(dtype) for n in sorted(names)}
+
+    def mean_folded(self, name: str, like: Tensors) -> Tensors:
+        """The weighted mean of what clients reported under ``FOLDED + name``, by the names and dtypes of ``like``."""
+        prefix = FOLDED + name
+        total = mean(self._total(), {prefix + n: v for n, v in like.items()})
+        return {n.removeprefix(prefix): v for n, v in total.items()}
 
     def mean_report(self, name: str) -> Tensors:
         """The weighted mean of the report entries under ``name``, prefix removed; float64."""
@@ -72,6 +99,8 @@ class Strategy(FlowerMethods):
     """
 
     plugins: tuple[Plugin, ...] = ()
+    public: tuple[Tensor, Tensor] | None = None
+    """Examples of the server's own (inputs, labels), perhaps none of them; given to the outermost strategy of a run."""
     setup_rounds: int = 0
     """Rounds before the first training round; their numbers are 1 - setup_rounds, ..., 0."""
     weighting: ClassVar[str] = "examples"
@@ -106,6 +135,24 @@ class Strategy(FlowerMethods):
         """Figures of the server worth a curve (``server-lr``, ``density``)."""
         return {}
 
+    def restrict(self, state: Tensors, masks: Tensors) -> Tensors:
+        """The state with zeros where a mask prunes, in the weights and in whatever would move them (momentum)."""
+        return {n: torch.where(masks[n], v, 0) if n in masks else v for n, v in state.items()}
+
+    def training_memory(self, state: Tensors, parameters: int) -> int:
+        """Bytes of a client's weights and gradients; ``parameters``: of the whole model."""
+        return training_memory(parameters, {})
+
+    def training_flops(self, order: Order, forward: Mapping[str, int], examples: int, last: int) -> float:
+        """FLOPs of a round's local training.
+
+        Args:
+            order: what was asked of the clients.
+            forward: FLOPs of one example's forward pass by module path, "" for the whole dense model.
+            examples: seen by all clients together; ``last``: of them in the clients' last steps.
+        """
+        return 3 * masked_flops(forward, order.masks) * examples
+
     def is_trained(self, name: str, value: object) -> bool:
         return name in self.trainable if self.trainable is not None else value.dtype.is_floating_point  # type: ignore[attr-defined]
 
@@ -119,7 +166,7 @@ class Wrapper(Strategy):
     def __init__(self, base: Strategy) -> None:
         super().__init__(trainable=base.trainable, seed=base.seed, fraction_train=base.fraction_train)
         self.base = base
-        self.plugins = (*base.plugins, *self.plugins)
+        self.plugins = (*self.plugins, *base.plugins)
         self.setup_rounds = self.setup_rounds + base.setup_rounds
 
     def init(self, shared: Tensors) -> Tensors:
@@ -136,3 +183,12 @@ class Wrapper(Strategy):
 
     def metrics(self, state: Tensors) -> dict[str, float]:
         return self.base.metrics(state)
+
+    def restrict(self, state: Tensors, masks: Tensors) -> Tensors:
+        return self.base.restrict(state, masks)
+
+    def training_flops(self, order: Order, forward: Mapping[str, int], examples: int, last: int) -> float:
+        return self.base.training_flops(order, forward, examples, last)
+
+    def training_memory(self, state: Tensors, parameters: int) -> int:
+        return self.base.training_memory(state, parameters)

@@ -10,6 +10,8 @@ import contextlib
 import itertools
 import json
 import os
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -66,7 +68,7 @@ def sweep(
             resolve(config)
             todo.append((config, point, out / config.name / folder_name(point)))
     os.environ.update({k: v for k, v in ALLOCATOR.items() if k not in os.environ})
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent, (os.getpid(),)) as pool:
         running = [pool.submit(_job, config.as_dict(), str(folder)) for config, _, folder in todo]
         finished = []
         for (config, point, folder), job in zip(todo, running):
@@ -75,6 +77,17 @@ def sweep(
             if failure is None:
                 finished.append((config, point, folder))
     return finished
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker whose sweep was killed stops at once: its run is resumed by the next sweep."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _job(values: dict, folder: str) -> tuple[float, str | None]:
@@ -112,3 +125,24 @@ def best(results: Sequence[tuple[Config, list[str], Path]]) -> dict[str, tuple[l
         if name not in chosen or mean > chosen[name][1]:
             chosen[name] = (list(setting), mean)
     return chosen
+
+
+def draw_grid(results: Sequence[tuple[Config, list[str], Path]], grid: dict[str, list[str]], out: Path) -> list[str]:
+    """Heat map of a sweep over two keys (beside the seed) into ``out``; the lines to print, none for another sweep."""
+    from fedsim.results.heatmap import cells_of, heatmap, table
+
+    keys = [k for k in grid if k != "seed"]
+    if len(keys) != 2 or not results:
+        return []
+    rows, columns = keys
+    methods = cells_of([(point, folder) for _, point, folder in results], rows, columns)
+    figure = heatmap(methods, (rows, grid[rows]), (columns, grid[columns]))
+    for kind in ("png", "svg"):
+        figure.savefig(out / f"heatmap.{kind}", dpi=160)
+    lines = []
+    for name, cells in methods.items():
+        lines += [
+            f"{name}: mean accuracy (%), rows {rows}, columns {columns}",
+            *table(cells, grid[rows], grid[columns]),
+        ]
+    return [*lines, f"picture: {out / 'heatmap.png'}"]

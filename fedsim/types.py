@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 Tensors = dict[str, Tensor]  # flat and named, never positional: state, update, mask, wire
+FOLDED = "sum."  # prefix of report entries of the model's size: folded into a block's partial sums with the model
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Order:
         scalars: rates and switches.
         fold: the server needs only the weighted mean of the replies, so a worker may send partial sums.
         weighting: ``examples`` (n_k / n, McMahan et al. 2017) or ``uniform`` (1 / K).
+        masks: name in ``shared`` -> bool tensor of its shape, False where the weight is pruned: zero here, on every
+            client and in every reply. Messages carry only what a mask keeps.
+        returns: names of the shared tensors that a reply carries; None: all of them.
     """
 
     round: int
@@ -32,11 +36,18 @@ class Order:
     scalars: Mapping[str, float] = field(default_factory=dict)
     fold: bool = True
     weighting: str = "examples"
+    masks: Tensors = field(default_factory=dict)
+    returns: tuple[str, ...] | None = None
+
+    @property
+    def returned(self) -> Tensors:
+        """The shared tensors whose new values a reply carries."""
+        return self.shared if self.returns is None else {n: self.shared[n] for n in self.returns}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Client -> server. ``report`` is what the plug-ins tell the server: small, never a model."""
+    """Client -> server. ``report`` is what the plug-ins tell the server: small, except under ``FOLDED``."""
 
     client: int
     examples: int
@@ -63,6 +74,8 @@ class View:
         lr: the local learning rate of this round's schedule, before any plug-in adapts it.
         steps: number of local steps of this client in this round (a number, or a scalar tensor under vmap).
         aux: what the model returned beside its logits (an adapter's matching loss, ...).
+        last: this is the client's last local step of the round; a plain bool, so a plug-in may branch on it.
+        labels: of the batch, [B]; given to ``loss`` alone, for models that return more than one set of logits.
     """
 
     order: Order
@@ -70,3 +83,5 @@ class View:
     lr: float = 0.0
     steps: float | Tensor = 1.0
     aux: Tensors = field(default_factory=dict)
+    last: bool = False
+    labels: Tensor | None = None

@@ -1,7 +1,8 @@
 """The vmap executor: the clients of a block as one batched computation over stacked tensors.
 
-At each step the clients are grouped by the size of their batch, so that a ragged block is exact: no example and no
-step is padded, and no padding can enter a batch statistic. In the usual case there is one group, the whole block.
+At each step the clients are grouped by the size of their batch (and those at their last step apart), so that a ragged
+block is exact: no example and no step is padded, and no padding can enter a batch statistic. In the usual case there
+is one group, the whole block.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from fedsim.local import ClientTask, Outcome, Work
 from fedsim.optim import Moments
 from fedsim.plugin import Plugin
+from fedsim.stepping import project, transform
 from fedsim.types import ClientState, Order, Tensors, View
 
 
@@ -98,16 +100,16 @@ def _run_alike(task: ClientTask, order: Order, group: Sequence[Work], lr: float)
     loss, right = torch.zeros(k, dtype=torch.float64), torch.zeros(k)
     seen = [0] * k
     for step in range(max((len(w.plan) for w in group), default=0)):
-        by_size: dict[int, list[int]] = {}
+        alike: dict[tuple[int, bool], list[int]] = {}
         for i, work in enumerate(group):
             if step < len(work.plan):
-                by_size.setdefault(len(work.plan[step]), []).append(i)
-        for size, members in by_size.items():
+                alike.setdefault((len(work.plan[step]), step + 1 == len(work.plan)), []).append(i)
+        for (size, last), members in alike.items():
             fetched = [group[i].fetch(group[i].plan[step], step) for i in members]
             x, y = torch.stack([x for x, _ in fetched]), torch.stack([y for _, y in fetched])  # [k, B, ...]
             rows = torch.tensor(members)
             part = carry if len(members) == k else carry.take(rows)
-            part_loss, part_right = _step(task, order, part, x, y, lr, step)
+            part_loss, part_right = _step(task, order, part, x, y, lr, step, last)
             if part is not carry:
                 carry.put(rows, part)
             loss.index_add_(0, rows, part_loss.double() * size)
@@ -121,12 +123,12 @@ def _run_alike(task: ClientTask, order: Order, group: Sequence[Work], lr: float)
         state = row({**carry.params, **carry.buffers}, i)
         private = {n: state[n].clone() for n in sorted(task.private)}
         kept = {n: v.clone() for n, v in row(memory, i).items()}
-        shared, told = {n: state[n] for n in order.shared}, row(report, i)
+        shared, told = {n: state[n] for n in order.returned}, row(report, i)
         yield Outcome(work.client, shared, ClientState(private, kept), told, float(loss[i]), float(right[i]), seen[i])
 
 
 def _step(
-    task: ClientTask, order: Order, block: _Block, x: Tensor, y: Tensor, lr: float, step: int
+    task: ClientTask, order: Order, block: _Block, x: Tensor, y: Tensor, lr: float, step: int, last: bool
 ) -> tuple[Tensor, Tensor]:
     """One local step of every client of ``block``, which is updated. x [K, B, ...], y [K, B] -> [K], [K]."""
 
@@ -149,7 +151,7 @@ def _step(
             loss, (buffers, right) = forward(params, buffers, memory, x, y)
             return {}, states, buffers, loss, right
         grads, (loss, (buffers, right)) = grad_and_value(forward, has_aux=True)(params, buffers, memory, x, y)
-        grads, states = task.transform(grads, states, params, View(order, memory, lr, steps))
+        grads, states = transform(task.plugins, grads, states, params, View(order, memory, lr, steps, last=last))
         return grads, states, buffers, loss, right
 
     with torch.set_grad_enabled(order.task == "train"):
@@ -159,5 +161,6 @@ def _step(
     if order.task == "train":
         task.optimizer.step(block.params, grads, block.moments, lr, step)
         if any(type(p).project is not Plugin.project for p in task.plugins):
-            block.params = vmap(lambda p, m: dict(task.project(p, View(order, m, lr))))(block.params, block.memory)
+            onto = lambda p, m: dict(project(task.plugins, p, View(order, m, lr)))  # noqa: E731
+            block.params = vmap(onto)(block.params, block.memory)
     return loss.detach(), right

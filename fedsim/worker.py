@@ -17,11 +17,11 @@ from fedsim.config import Training
 from fedsim.data import Dataset, Partition
 from fedsim.examples import Examples
 from fedsim.fold import Partial
-from fedsim.guard import refuse
+from fedsim.guard import refuse, refuse_report
 from fedsim.local import ClientTask, Outcome, Work, correct, run_loop
 from fedsim.optim import learning_rate
 from fedsim.random import generator
-from fedsim.types import ClientState, Order, Reply, Tensors
+from fedsim.types import FOLDED, ClientState, Order, Reply, Tensors
 from fedsim.vectorized import run_vmap
 
 Executor = Callable[[ClientTask, Order, Sequence[Work], float], Iterator[Outcome]]
@@ -71,7 +71,7 @@ class EvaluationJob:
 
     client: int
     domain: str
-    split: str  # test | validation
+    split: str  # test | validation | unseen
     indices: np.ndarray
     private: Tensors = field(default_factory=dict)
 
@@ -98,8 +98,18 @@ class Worker:
         self.task.model.to(self.device)
         self.examples = Examples(spec.dataset, self.device, getattr(torch, spec.training.dtype))
 
+    def examples_of(self, order: Order, client: int) -> np.ndarray:
+        """What a client looks at for an order: its shard, or for tasks without training a development set, the share
+        ``dev-fraction`` of the shard that stays the same in all rounds."""
+        shard = self.spec.shards[client]
+        if order.task == "train":
+            return shard
+        count = max(1, round(len(shard) * order.scalars.get("dev-fraction", 1.0)))
+        chosen = generator(self.spec.seed, client=client, purpose="client").permutation(len(shard))[:count]
+        return shard[np.sort(chosen)]
+
     def _plan(self, order: Order, client: int, smallest: int) -> tuple[list[np.ndarray], int]:
-        shard, training, seed = self.spec.shards[client], self.spec.training, self.spec.seed
+        shard, training, seed = self.examples_of(order, client), self.spec.training, self.spec.seed
         if order.task == "train":
             return batch_plan(
                 shard,
@@ -112,11 +122,8 @@ class Worker:
                 round=order.round,
                 client=client,
             )
-        # Forward-only tasks look at a development set: a share of the shard that stays the same in all rounds.
-        count = max(1, round(len(shard) * order.scalars.get("dev-fraction", 1.0)))
-        chosen = generator(seed, client=client, purpose="client").permutation(len(shard))[:count]
         return batch_plan(
-            shard[np.sort(chosen)],
+            shard,
             batch_size=training.batch_size,
             epochs=int(order.scalars.get("passes", 1)),
             smallest=smallest,
@@ -135,7 +142,8 @@ class Worker:
         if lr is None:
             t = spec.training
             lr = learning_rate(t.lr, t.schedule, order.round, spec.rounds, t.decay, t.decay_every)
-        order = replace(order, shared=self._on_device(order.shared), extra=self._on_device(order.extra))
+        put = self._on_device
+        order = replace(order, shared=put(order.shared), extra=put(order.extra), masks=put(order.masks))
         self.task.begin(order)
         smallest = self.task.smallest_batch
         block = []
@@ -166,25 +174,26 @@ class Worker:
     def _accept(self, order: Order, outcome: Outcome, result: BlockResult) -> None:
         client = outcome.client
         mean_loss = outcome.loss / max(outcome.seen, 1)
-        reason = refuse(outcome.shared, order.shared)
+        report = {n: v.detach().cpu().clone() for n, v in outcome.report.items()}
+        folded = {n: v for n, v in report.items() if n.startswith(FOLDED)}
+        reason = refuse(outcome.shared, order.returned) or refuse_report(report)
         if reason is None and not np.isfinite(mean_loss):
             reason = f"the training loss is {mean_loss}"
         if reason is not None:
             result.failures.append(Failure(client, "update", reason))
             return
-        examples = len(self.spec.shards[client])
+        examples = len(self.examples_of(order, client))
         shared = {n: v.cpu() for n, v in outcome.shared.items()}
-        if order.task == "score":
-            shared = {}
         weight = float(examples) if order.weighting == "examples" else 1.0
         single: Tensors = {}
         if not order.fold:
             single = {n: v.clone() for n, v in shared.items()}
-        elif result.partial is None:
-            result.partial = Partial.of({n: v.clone() for n, v in shared.items()}, weight)
         else:
-            result.partial.add(shared, weight)
-        report = {n: v.detach().cpu().clone() for n, v in outcome.report.items()}
+            report = {n: v for n, v in report.items() if n not in folded}
+            if result.partial is None:
+                result.partial = Partial.of({n: v.clone() for n, v in shared.items()} | folded, weight)
+            else:
+                result.partial.add(shared | folded, weight)
         metrics = {
             "loss": mean_loss,
             "accuracy": outcome.correct / max(outcome.seen, 1),
@@ -204,7 +213,7 @@ class Worker:
         for job in jobs:
             for name, value in {**shared, **job.private}.items():
                 named[name].copy_(value)
-            split = "test" if job.split == "test" else "train"  # validation examples are held-out training ones
+            split = "train" if job.split == "validation" else "test"  # validation examples are held-out training ones
             hits, loss, size = 0.0, 0.0, self.spec.evaluation_batch
             for start in range(0, len(job.indices), size):
                 x, y = self.examples.batch(split, job.indices[start : start + size])

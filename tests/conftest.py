@@ -18,6 +18,8 @@ from fedsim.build import task_of
 from fedsim.config import Config, parse_config
 from fedsim.data import Dataset, Partition
 from fedsim.engine import Federation, block_size
+from fedsim.examples import Examples
+from fedsim.models import model_names
 from fedsim.pool import InProcess
 from fedsim.registry import resolve, server_of
 from fedsim.store import ClientStore
@@ -25,6 +27,8 @@ from fedsim.worker import WorkerSpec
 
 torch.set_num_threads(1)
 
+# Every model of images but the large ViTs, which are vit-tiny in other widths; the others: tests/models/test_lstm.py
+IMAGE_MODELS = [n for n in model_names() if "lstm" not in n and n not in ("vit-small", "vit-base")]
 DOMAINS = ("photo", "sketch", "scan")
 
 
@@ -81,6 +85,8 @@ class Small:
         self.dataset, self.shards = dataset, shards or shards_of(dataset)
         self.task = task_of(self.config, self.parts, len(dataset.classes), dataset.shape)
         self.strategy = server_of(self.parts, self.task, self.config)
+        examples = Examples(dataset, dtype=getattr(torch, self.config.training.dtype))
+        self.strategy.public = examples.batch("train", np.arange(8))
         executor = self.config.simulation.executor
         executor = "loop" if executor == "auto" else executor
         training = self.config.training

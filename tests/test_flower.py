@@ -8,9 +8,10 @@ from flwr.serverapp.strategy import FedMedian
 
 import strategies
 from fedsim.checkpoint import state_sha256
-from fedsim.flower import collect, order_content, read_order, read_reply, reply_content, to_arrays, to_tensors
+from fedsim.flower import collect, order_content, read_order, read_reply, reply_content
 from fedsim.grid import SimulationGrid
 from fedsim.types import Order, Reply
+from fedsim.wire import to_dense_arrays, to_tensors
 from tests.conftest import Small
 
 
@@ -30,7 +31,7 @@ def test_flowers_start_ends_with_the_bits_of_the_simulator(dataset, name, block)
 def test_fedbn_called_as_any_flower_user_would(dataset):
     """With the whole model's arrays: what is private is dropped at once and never held by the server."""
     small = Small(dataset, algorithm={"strategy": "fedbn"})
-    whole = to_arrays(small.task.model.state_dict())
+    whole = to_dense_arrays(small.task.model.state_dict())
     result = strategies.FedBN(fraction_train=0.67).start(SimulationGrid(small.federation), whole, num_rounds=2)
     assert small.task.private
     assert not small.task.private & result.arrays.keys()
@@ -41,7 +42,7 @@ def test_fedbn_called_as_any_flower_user_would(dataset):
 def test_a_foreign_strategy_runs_on_our_grid(dataset, strategy):
     small = Small(dataset)
     foreign = strategy(fraction_train=1.0, fraction_evaluate=1.0, min_available_nodes=3)
-    result = foreign.start(SimulationGrid(small.federation), to_arrays(small.federation.shared), num_rounds=2)
+    result = foreign.start(SimulationGrid(small.federation), to_dense_arrays(small.federation.shared), num_rounds=2)
     assert result.arrays.keys() == small.federation.shared.keys()
     assert result.train_metrics_clientapp[2]["loss"] < 5
     assert 0 <= result.evaluate_metrics_clientapp[2]["accuracy"] <= 1
@@ -51,7 +52,7 @@ def test_flowers_own_fedavg_computes_our_mean(dataset):
     ours = Small(dataset).run(1)
     small = Small(dataset)
     foreign = FlowerFedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=3)
-    result = foreign.start(SimulationGrid(small.federation), to_arrays(small.federation.shared), num_rounds=1)
+    result = foreign.start(SimulationGrid(small.federation), to_dense_arrays(small.federation.shared), num_rounds=1)
     theirs = to_tensors(result.arrays)
     for name in small.task.trainable:
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-6, atol=1e-7)
@@ -70,7 +71,7 @@ def test_messages_are_the_identity():
     assert state_sha256(again.shared) == state_sha256(order.shared)
     assert torch.equal(again.extra["mask"], order.extra["mask"])
     reply = Reply(4, 17, {"w": torch.ones(2)}, {"beta": torch.tensor(0.5)}, {"loss": 1.25})
-    found, number, partial = read_reply(reply_content(reply, 2))
+    found, number, partial = read_reply(reply_content(reply, 2), [order] * 3)
     assert (found.client, found.examples, number, partial, found.metrics) == (4, 17, 2, None, {"loss": 1.25})
     assert torch.equal(found.report["beta"], reply.report["beta"])
 

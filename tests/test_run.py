@@ -1,5 +1,6 @@
 """Whole runs through the command line: summary, resume after a real kill, interruption, damage, bad input."""
 
+import hashlib
 import json
 import os
 import signal
@@ -93,7 +94,7 @@ def test_a_run_leaves_everything_behind(config, tmp_path):
     assert summary(tmp_path / "again")["state_sha256"] == found["state_sha256"]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedbn"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "fedtiny", "fedhyper-g-cl", "fedins"])
 def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path, strategy):
     undisturbed, killed = tmp_path / "whole", tmp_path / "killed"
     fedsim("run", config(strategy), "--out", undisturbed)
@@ -171,6 +172,29 @@ def test_resume_refuses_other_numerics(config, tmp_path):
     done = fedsim("resume", tmp_path / "r", check=False)
     assert done.returncode == 2
     assert "executor was 'loop', is 'vmap'" in done.stderr
+
+
+def test_initial_weights_are_recorded_and_a_resumed_run_wants_the_same_file(config, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from fedsim.models import build_model
+
+    weights = tmp_path / "w.safetensors"
+    save_file(build_model("small-cnn", classes=3, shape=(3, 12, 12)).state_dict(), weights)
+    text = config("fedssf").read_text().replace("[training]", f'[model]\nweights = "{weights}"\n[training]')
+    (tmp_path / "c.toml").write_text(text)
+    fedsim("run", tmp_path / "c.toml", "--out", tmp_path / "r")
+    digest = json.loads((tmp_path / "r" / "summary.json").read_text())["weights_sha256"]
+    assert digest == hashlib.sha256(weights.read_bytes()).hexdigest()
+    save_file({"x": torch.zeros(1)}, weights)
+    done = fedsim("resume", tmp_path / "r", check=False)
+    assert done.returncode == 2
+    assert "not the weights of this model" in done.stderr
+    save_file(build_model("small-cnn", classes=3, shape=(3, 12, 12)).state_dict(), weights)  # drawn anew
+    done = fedsim("resume", tmp_path / "r", check=False)
+    assert done.returncode == 2
+    assert f"weights_sha256 was '{digest}'" in done.stderr
 
 
 def test_help_without_arguments():

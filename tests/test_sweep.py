@@ -1,12 +1,16 @@
 """Sweeps: the grid, what is kept, the choice by validation, a run that fails."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from fedsim.config import parse_config
 from fedsim.errors import ConfigError
-from fedsim.sweep import best, folder_name, parse_grid, points, sweep
+from fedsim.sweep import best, draw_grid, folder_name, parse_grid, points, sweep
 
 
 def test_grid_points_and_folders():
@@ -47,3 +51,43 @@ def test_a_failing_run_is_named_and_the_others_go_on(tmp_path, capsys):
     before = finished.stat().st_mtime_ns
     sweep([config], parse_grid(["training.lr=0.01"]), ["model.name=logistic"], tmp_path / "out", 1)
     assert finished.stat().st_mtime_ns == before, "a finished run is kept"
+
+
+def test_a_grid_of_two_keys_ends_with_a_heat_map(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text('name = "tiny"\nrounds = 1\n[federation]\ndomains = "mnist"\nexamples-per-client = 40\n')
+    grid = parse_grid(["training.lr=0.01,0.1", "training.batch-size=8,16", "seed=0,1"])
+    done = sweep([config], grid, ["model.name=logistic"], tmp_path / "out", 1)
+    lines = draw_grid(done, grid, tmp_path / "out")
+    assert (tmp_path / "out" / "heatmap.png").stat().st_size > 5000
+    assert lines[1] == "| | 8 | 16 |"
+    cells = {}
+    for _, point, folder in done:
+        key = tuple(item.split("=")[1] for item in point[:2])
+        cells.setdefault(key, []).append(json.loads((folder / "summary.json").read_text())["mean_accuracy"])
+    assert lines[3] == f"| 0.01 | {50 * sum(cells['0.01', '8']):.1f} | {50 * sum(cells['0.01', '16']):.1f} |"
+    assert draw_grid(done, parse_grid(["training.lr=0.01,0.1"]), tmp_path / "out") == []
+
+
+def test_a_killed_sweep_leaves_no_worker(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text('name = "long"\nrounds = 100000\n[federation]\ndomains = "mnist"\n')
+    command = [sys.executable, "-m", "fedsim.cli", "sweep", str(config), "--grid", "seed=0,1", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list(tmp_path.glob("long/*/metrics.sqlite"))) == 2)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    wait_until(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()])
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

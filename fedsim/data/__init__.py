@@ -12,12 +12,13 @@ from fedsim.data import fedbn
 from fedsim.data.dataset import Arrays, Dataset, cache_folder
 from fedsim.data.digits import load_digits
 from fedsim.data.idx import load_idx
-from fedsim.data.partition import Partition, hold_out, partition
+from fedsim.data.partition import Partition, hold_out, partition, set_apart
 from fedsim.data.progress import bar
+from fedsim.data.roles import load_roles
 from fedsim.data.tree import load_tree
 from fedsim.errors import ConfigError
 
-NAMES = ("digits", "digits-five", "office-caltech-10", "domainnet-10", "folder", "idx")
+NAMES = ("digits", "digits-five", "office-caltech-10", "domainnet-10", "folder", "idx", "roles")
 IMAGE_SIZE = {"office-caltech-10": 256, "domainnet-10": 256, "folder": 64}
 # FedBN scales digits to -1..1 and gives Office-Caltech-10 and DomainNet-10 to the network as 0..1.
 Channels = tuple[float, ...]
@@ -62,6 +63,9 @@ def load_dataset(
     cached = cache_folder() / f"{name}-{_fingerprint(folder, f'{name} {size} {seed}')}"
     if (cached / "meta.json").exists():
         return Dataset(cached)
+    if name == "roles":
+        text, characters, groups = load_roles(folder)
+        return Dataset.from_arrays(name, cached, text, characters, groups=groups)
     arrays, classes, (mean, std) = _read(name, folder, size, seed)
     total = sum(len(y) for splits in arrays.values() for _, y in splits.values())
     with bar(f"reading {name}, once", total, show=progress) as tick:
@@ -84,7 +88,7 @@ def _read(name: str, root: Path, size: int, seed: int) -> tuple[Arrays, tuple[st
 def _fingerprint(root: Path, what: str) -> str:
     """Hash of the files under a root by name, size and time of change."""
     digest = hashlib.sha256(f"{what} {root.resolve()}".encode())
-    for file in sorted(p for p in root.rglob("*") if p.is_file()):
+    for file in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
         status = file.stat()
         digest.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
@@ -99,6 +103,11 @@ def from_config(config: Config) -> tuple[Dataset, Partition]:
     federation = config.federation
     dataset = load_dataset(federation.dataset, federation.root, image_size=federation.image_size)
     names = [d.strip() for d in federation.domains.split(",") if d.strip()] or list(dataset.domains)
+    if federation.leave_out:
+        if federation.leave_out not in names or len(names) == 1:
+            found = f"federation.leave-out = '{federation.leave_out}'"
+            raise ConfigError(f"{found}: expected one of two or more domains: {', '.join(names)}")
+        names.remove(federation.leave_out)
     shards = partition(
         dataset,
         names,
@@ -115,4 +124,14 @@ def from_config(config: Config) -> tuple[Dataset, Partition]:
     return dataset, shards
 
 
-__all__ = ["NAMES", "Dataset", "Partition", "cache_folder", "from_config", "hold_out", "load_dataset", "partition"]
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "Partition",
+    "cache_folder",
+    "from_config",
+    "hold_out",
+    "load_dataset",
+    "partition",
+    "set_apart",
+]

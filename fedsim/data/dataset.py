@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Dataset:
             self.name: str = meta["name"]
             self.domains, self.classes = tuple(meta["domains"]), tuple(meta["classes"])
             self.mean, self.std = tuple(meta["mean"]), tuple(meta["std"])
+            self.groups: dict[str, list[int]] = meta.get("groups", {})
             self.digest: str = meta["digest"]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
@@ -110,6 +111,7 @@ class Dataset:
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
         *,
+        groups: Mapping[str, Sequence[int]] | None = None,
         tick: Callable[[int], None] = lambda count: None,
     ) -> Dataset:
         """Write arrays as a data set and open it. The folder appears whole or not at all.
@@ -118,6 +120,8 @@ class Dataset:
 
         Args:
             folder: new, empty, or an older data set, which is replaced.
+            groups: of domains whose training examples belong to someone (a speaker, a writer): how many belong to
+                the first, to the second, ..., in the order of the examples.
             tick: called with the number of examples written.
 
         Raises:
@@ -136,6 +140,7 @@ class Dataset:
                 "classes": list(classes),
                 "mean": list(mean),
                 "std": list(std),
+                "groups": {domain: list(map(int, sizes)) for domain, sizes in (groups or {}).items()},
                 "digest": _write(temporary, arrays, tick),
             }
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -129,13 +129,18 @@ def partition(
     power: float = 1.5,
     min_examples: int = 1,
     examples_per_client: int | None = None,
+    first: int = 0,
 ) -> Partition:
     """Cut the training examples of ``domains`` into shards.
 
     Args:
-        scheme: iid, dirichlet, shards, quantity, or pooled (one client holds everything: the centralised baseline).
+        scheme: iid, dirichlet, shards, quantity, pooled (one client holds everything: the centralised baseline), or
+            natural (a client for every speaker or writer of a data set that knows them; ``clients_per_domain`` is
+            theirs, and who holds fewer than ``min_examples`` is left out).
         across: partition the union of the domains into ``clients_per_domain * len(domains)`` mixed clients.
         examples_per_client: keep only the first so many of each share; None or 0 keeps all.
+        first: number of the first of ``domains`` in the federation: a client that has its own domain alone draws as
+            the simulation does.
 
     Raises:
         ConfigError: an unknown domain or scheme, a figure out of range, or too few examples for so many clients.
@@ -146,11 +151,14 @@ def partition(
         "shards": partial(shards, classes=classes_per_client),
         "quantity": partial(quantity, power=power),
         "pooled": iid,
+        "natural": iid,  # not a draw: see _natural
     }
     cap = examples_per_client or 0
     _check(dataset, domains, scheme, tuple(schemes))
     _check_figures(clients_per_domain, alpha, classes_per_client, power, min_examples, cap)
     groups = [dataset.slice(d, "train") for d in domains]
+    if scheme == "natural":
+        return _natural(dataset, domains, groups, min_examples, cap)
     pooled, mixed = scheme == "pooled", (scheme == "pooled" or across) and len(domains) > 1
     clients = 1 if pooled else clients_per_domain * (len(domains) if mixed else 1)
     if mixed:
@@ -163,13 +171,33 @@ def partition(
                 f"federation: {clients} clients of at least {min_examples} examples need {clients * min_examples},"
                 f" {where} of {dataset.name} has {len(group)} (fewer clients-per-domain or min-examples)"
             )
-        draw = generator(seed, client=number, purpose="partition")
+        draw = generator(seed, client=first + number, purpose="partition")
         group = group[draw.permutation(len(group))]
         owner = _top_up(schemes[scheme](_labels(dataset, group), clients, draw), clients, min_examples)
         indices.append(group[np.argsort(owner, kind="stable")])
         sizes.append(np.bincount(owner, minlength=clients))
     owners = np.full(clients, -1) if mixed else np.repeat(np.arange(len(groups)), clients)
     whole = _flat(np.concatenate(indices), np.concatenate(sizes), owners, tuple(domains))
+    return _first(whole, cap) if cap else whole
+
+
+def _natural(dataset: Dataset, domains: Sequence[str], groups: Sequence[np.ndarray], least: int, cap: int) -> Partition:
+    missing = [d for d in domains if d not in dataset.groups]
+    if missing:
+        raise ConfigError(
+            f"federation.partition = 'natural': {dataset.name} does not know whose the examples of '{missing[0]}' are"
+            " (use iid, dirichlet, shards or quantity)"
+        )
+    indices, sizes, owners = [], [], []
+    for number, (domain, group) in enumerate(zip(domains, groups)):
+        counts = np.array(dataset.groups[domain])
+        kept = counts >= least
+        indices.append(group[np.repeat(kept, counts)])
+        sizes.append(counts[kept])
+        owners.append(np.full(int(kept.sum()), number))
+    whole = _flat(np.concatenate(indices), np.concatenate(sizes), np.concatenate(owners), tuple(domains))
+    if not len(whole):
+        raise ConfigError(f"federation.min-examples = {least}: no client of {dataset.name} holds so many")
     return _first(whole, cap) if cap else whole
 
 
@@ -243,3 +271,26 @@ def hold_out(shards: Partition, dataset: Dataset, fraction: float, seed: int) ->
         _flat(shards.indices[~held], shards.sizes - counts, shards.domain, shards.domains),
         _flat(shards.indices[held], counts, shards.domain, shards.domains),
     )
+
+
+def set_apart(shards: Partition, dataset: Dataset, per_class: int, seed: int) -> tuple[Partition, np.ndarray]:
+    """(what the clients keep, examples of the server's own): ``per_class`` of every class, drawn over all clients.
+
+    Raises:
+        ConfigError: a class or a client has too few examples for that.
+    """
+    labels, taken = _labels(dataset, shards.indices), np.zeros(len(shards.indices), bool)
+    order = generator(seed, purpose="server").permutation(len(labels))
+    for number, name in enumerate(dataset.classes):
+        found = order[labels[order] == number]
+        if len(found) <= per_class:
+            raise ConfigError(
+                f"federation.public-per-class = {per_class}: class '{name}' has {len(found)} training examples in all"
+            )
+        taken[found[:per_class]] = True
+    counts = np.add.reduceat(np.append(taken, False), shards.offsets[:-1]) * (shards.sizes > 0)
+    if (counts >= shards.sizes).any():
+        client = int(np.argmax(counts >= shards.sizes))
+        raise ConfigError(f"federation.public-per-class = {per_class}: client {client} would keep no example")
+    kept = _flat(shards.indices[~taken], shards.sizes - counts, shards.domain, shards.domains)
+    return kept, np.sort(shards.indices[taken])

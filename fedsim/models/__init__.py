@@ -63,4 +63,13 @@ def image_shape(shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
     return shape  # type: ignore[return-value]
 
 
-from fedsim.models import alexnet, cnn, linear, mobilenet, resnet, vgg  # noqa: E402, F401 (they register their models)
+from fedsim.models import (  # noqa: E402 (they register their models)
+    alexnet,  # noqa: F401
+    cnn,  # noqa: F401
+    linear,  # noqa: F401
+    lstm,  # noqa: F401
+    mobilenet,  # noqa: F401
+    resnet,  # noqa: F401
+    vgg,  # noqa: F401
+    vit,  # noqa: F401
+)

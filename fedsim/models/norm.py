@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fedsim.errors import ConfigError
+from fedsim.models.norm_layers import BatchChannelNorm2d, EstimatedBatchNorm2d, EvoNormB0, EvoNormS0
 
 NORMS = ("bn", "gn", "ln", "none")
 BUFFERS = {"running_mean": "stats", "running_var": "stats", "num_batches_tracked": "counter"}
@@ -23,6 +24,10 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
+    BatchChannelNorm2d,
+    EstimatedBatchNorm2d,
+    EvoNormB0,
+    EvoNormS0,
 )
 
 

@@ -165,7 +165,7 @@ def client_heatmap(run: RunDirectory) -> Figure:
 
 
 def learning_rates(run: RunDirectory) -> Figure | None:
-    """The server's rate and the clients' by round, if the run adapted any."""
+    """The server's rate by round, each client's (thin) and their means by domain, if the run adapted any."""
     store = run.metrics()
     server, clients = store.read("server-lr", ""), store.read("client-lr", "train")
     store.close()
@@ -182,13 +182,17 @@ def learning_rates(run: RunDirectory) -> Figure | None:
         axes = panels.pop(0)
         domains = list(dict.fromkeys(domain for _, _, domain, *_ in clients))
         for number, domain in enumerate(domains):
-            mine = [(r, total / weight) for r, _, d, total, weight in clients if d == domain]
-            rounds = sorted({r for r, _ in mine})
-            means = [float(np.mean([v for r, v in mine if r == round])) for round in rounds]
-            axes.plot(rounds, means, label=domain, markevery=max(1, len(rounds) // 8), **style(number))
-        _axes(axes, "communication round", "client rate beta (mean of the domain)")
+            mine = [(r, c, total / weight) for r, c, d, total, weight in clients if d == domain]
+            for client in sorted({c for _, c, _ in mine}):
+                points = [(r, v) for r, c, v in mine if c == client]
+                axes.plot(*zip(*points), color=style(number)["color"], alpha=0.2, linewidth=0.7)
+            rounds = sorted({r for r, *_ in mine})
+            means = [float(np.mean([v for r, _, v in mine if r == round])) for round in rounds]
+            label = f"mean of {domain}" if len(domains) > 1 else "mean of the clients"
+            axes.plot(rounds, means, label=label, markevery=max(1, len(rounds) // 8), **style(number))
+        _axes(axes, "communication round", "client rate beta")
         _whole_rounds(axes)
-        axes.legend(fontsize=SMALL, frameon=False)
+        axes.legend(fontsize=SMALL, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     return figure
 
 

@@ -30,14 +30,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """Rows by method, columns by domain and then ``mean`` and ``worst``."""
+    """Rows by method, columns by domain and then ``mean`` and ``worst``; in ``lower`` the least is best (costs)."""
 
     columns: list[str]
     rows: dict[str, dict[str, Cell]]
     note: str
+    lower: tuple[str, ...] = ()
 
     def best(self, column: str) -> float:
-        return max(round(row[column].mean, 1) for row in self.rows.values() if column in row)
+        values = [round(row[column].mean, 1) for row in self.rows.values() if column in row]
+        return min(values) if column in self.lower else max(values)
 
 
 def collect(runs: Sequence[RunDirectory]) -> Results:
@@ -49,7 +51,7 @@ def collect(runs: Sequence[RunDirectory]) -> Results:
         accuracy = {d: [100 * r.summary["accuracy"][d] for r in seeds if d in r.summary["accuracy"]] for d in domains}
         per_seed = [[100 * v for v in r.summary["accuracy"].values()] for r in seeds]
         accuracy |= {"mean": [float(np.mean(v)) for v in per_seed], "worst": [min(v) for v in per_seed]}
-        rows[method] = {column: _cell(values) for column, values in accuracy.items() if values}
+        rows[method] = {column: cell_of(values) for column, values in accuracy.items() if values}
     counts = sorted({len(seeds) for seeds in methods.values()})
     rounds = sorted({int(r.summary["rounds"]) for r in runs})
     models = sorted({str(r.summary.get("model", "")) for r in runs})
@@ -59,7 +61,8 @@ def collect(runs: Sequence[RunDirectory]) -> Results:
     return Results([*domains, "mean", "worst"], rows, note)
 
 
-def _cell(values: list[float]) -> Cell:
+def cell_of(values: list[float]) -> Cell:
+    """Of one value a seed."""
     return Cell(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
@@ -80,7 +83,7 @@ def add_published(results: Results, path: Path) -> Results:
         cells = {d: Cell(float(v)) for d, v in values.items() if d in results.columns}
         cells.setdefault("worst", Cell(min(float(v) for d, v in values.items() if d != "mean")))
         rows[f"{method} (published)"] = cells
-    return Results(results.columns, rows, results.note)
+    return Results(results.columns, rows, results.note, results.lower)
 
 
 def render(results: Results, format: str = "text", *, transpose: bool = False) -> str:
@@ -93,7 +96,9 @@ def render(results: Results, format: str = "text", *, transpose: bool = False) -
         raise ConfigError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     mark = {"markdown": "**{}**", "latex": "\\textbf{{{}}}"}.get(format, "{}")
     plus = {"latex": " $\\pm$ ", "csv": "±"}.get(format, " ± ")
-    ours = Results(results.columns, {m: r for m, r in results.rows.items() if "(published)" not in m}, "")
+    ours = Results(
+        results.columns, {m: r for m, r in results.rows.items() if "(published)" not in m}, "", results.lower
+    )
 
     def show(method: str, column: str) -> str:
         cell = results.rows[method].get(column)

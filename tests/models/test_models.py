@@ -7,11 +7,12 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from fedsim.errors import ConfigError
-from fedsim.models import build_model, model_names
+from fedsim.models import build_model
 from fedsim.models.norm import classify, make_norm, norm_names, replace_modules
+from tests.conftest import IMAGE_MODELS
 from tests.oracles import timm_module
 
-SHAPES = {"alexnet": (3, 64, 64), "logistic": (60,), "mcmahan-cnn": (3, 32, 32)}
+SHAPES = {"alexnet": (3, 64, 64), "logistic": (60,), "mcmahan-cnn": (3, 32, 32), "vit-tiny": (3, 32, 32)}
 PARAMETERS = {  # at 10 classes, with BatchNorm
     "digits-cnn": 14_219_210,  # FedBN's digits network; stated by Flower's fedbn baseline
     "alexnet": 57_063_498,  # FedBN's AlexNet
@@ -23,6 +24,9 @@ PARAMETERS = {  # at 10 classes, with BatchNorm
     "lenet": 456 + 2416 + 48_120 + 10_164 + 850 + 2 * (6 + 16 + 120 + 84),  # LeCun's layers on 3 channels, norms
     "mcmahan-cnn": 2_156_490 + 2 * (32 + 64 + 512),  # McMahan et al. 2017 state about 10^6; norms added
     "small-cnn": (3 * 25 + 1) * 16 + (16 * 9 + 1) * 32 + (32 * 9 + 1) * 64 + 1025 * 64 + 650 + 2 * (16 + 32 + 64 + 64),
+    # cls, positions, patches; blocks of 12 C^2 + 13 C; last norm; classifier
+    "vit-tiny-32": 96 * (1 + 50) + (3 * 16 + 1) * 96 + 4 * (12 * 96**2 + 13 * 96) + 2 * 96 + 970,
+    "vit-tiny": 192 * (1 + 5) + (3 * 256 + 1) * 192 + 12 * (12 * 192**2 + 13 * 192) + 2 * 192 + 1930,
 }
 
 
@@ -33,11 +37,11 @@ def make(name: str, norm: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def test_the_table_above_is_the_whole_zoo():
-    assert sorted(PARAMETERS) == model_names()
+    assert sorted(PARAMETERS) == IMAGE_MODELS
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "ln", "none"])
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_forward_backward_and_state(name, norm):
     model, shape = make(name, norm)
     if norm == "bn":
@@ -49,12 +53,13 @@ def test_forward_backward_and_state(name, norm):
     kinds = classify(model)
     assert kinds.keys() == model.state_dict().keys()
     has = {kind for kind in kinds.values()}
-    normed = name != "logistic"
+    vit = name.startswith("vit")  # has LayerNorm, whatever the norm
+    normed = name != "logistic" and not vit
     assert ("stats" in has) == ("counter" in has) == (norm == "bn" and normed)
-    assert ("affine" in has) == (norm != "none" and normed)
+    assert ("affine" in has) == ((norm != "none" and normed) or vit)
 
 
-@pytest.mark.parametrize("name", [n for n in model_names() if n not in ("alexnet", "resnet-18", "vgg-11")])
+@pytest.mark.parametrize("name", [n for n in IMAGE_MODELS if n not in ("alexnet", "resnet-18", "vgg-11")])
 def test_vmap_over_clients_equals_the_loop(name):
     model, shape = make(name, "bn")
     model = model.double()

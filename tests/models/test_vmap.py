@@ -5,10 +5,17 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from fedsim.models import build_model, model_names
+from fedsim.models import build_model
+from tests.conftest import IMAGE_MODELS
 
 # The smallest images each model takes; of alexnet the convolutions only, for the sake of memory.
-SHAPES = {"alexnet": (3, 64, 64), "vgg-11": (3, 16, 16), "lenet": (3, 16, 16), "logistic": (60,)}
+SHAPES = {
+    "alexnet": (3, 64, 64),
+    "vgg-11": (3, 16, 16),
+    "lenet": (3, 16, 16),
+    "logistic": (60,),
+    "vit-tiny": (3, 16, 16),
+}
 # Equal in exact arithmetic; what is left is the rounding of float64.
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-8}
 
@@ -20,7 +27,7 @@ def make(name: str, norm: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "ln", "none"])
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_two_stacked_models_step_as_each_alone(name, norm):
     torch.manual_seed(0)
     models, shapes = zip(*(make(name, norm) for _ in range(2)))
