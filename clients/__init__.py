@@ -1,7 +1,9 @@
 """Client halves: plug-ins for normalization, pruning, learning rates, clipping, proximal terms and adapters."""
 
+from clients.adapters import Adapters
 from clients.clipping import AdaptiveGradientClipping
-from clients.learning_rate import HypergradientRate
+from clients.learning_rate import HypergradientRate, ReleasedRate
+from clients.norm_variants import AffineOnly, ReplaceBatchNorm, ReplaceWithActivation, StandardizeBeforeNorm
 from clients.normalization import (
     FixedStatistics,
     LocalNormalization,
@@ -11,15 +13,25 @@ from clients.normalization import (
     StandardizedWeights,
 )
 from clients.proximal import Proximal
+from clients.pruning import MaskedTraining
+from clients.update_norm import UpdateNorm
 
 __all__ = [
+    "Adapters",
     "AdaptiveGradientClipping",
+    "AffineOnly",
     "FixedStatistics",
     "HypergradientRate",
     "LocalNormalization",
     "LocalStatistics",
+    "MaskedTraining",
     "Proximal",
+    "ReleasedRate",
+    "ReplaceBatchNorm",
     "ReplaceNormalization",
+    "ReplaceWithActivation",
+    "StandardizeBeforeNorm",
     "StandardizedConv2d",
     "StandardizedWeights",
+    "UpdateNorm",
 ]

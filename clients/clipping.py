@@ -26,6 +26,8 @@ def unitwise_norm(x: Tensor) -> Tensor:
 class AdaptiveGradientClipping(Plugin):
     """Args: clip: lambda of the paper. eps: floor of ||w_i||. skip_last: leave the last linear layer alone (NFNets)."""
 
+    per_tensor = True
+
     def __init__(self, clip: float = 0.1, eps: float = 1e-3, skip_last: bool = False):
         self.clip, self.eps, self.skip_last = clip, eps, skip_last
         self.skipped: frozenset[str] = frozenset()

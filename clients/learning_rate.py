@@ -60,3 +60,26 @@ class HypergradientRate(Plugin):
 
     def finish(self, params: Tensors, state: Tensors, view: View) -> tuple[Tensors, Tensors]:
         return {RATE: state[RATE]}, {}
+
+
+class ReleasedRate(HypergradientRate):
+    """The rate of FedHyper-CL as the authors' code computes it, a factor m on the local rate:
+
+        m <- clip(m min(1.1, 1 + d_k . d_{k-1} + 0.1 d_k . Delta_{t-1} / clients),  1 / gamma,  gamma)
+
+    d_k is the change of the parameters by step k, and the factor counts from the next step on. The order's scalar
+    ``clients`` says how many sent Delta_{t-1}. (Their code skips the first minibatch of every epoch; this does not.)
+    """
+
+    def start(self, params: Tensors, view: View) -> Tensors:
+        first, delta = next(iter(params.values())), self._pseudo_gradient(view)
+        previous = {n: -delta[n] if n in delta else torch.zeros_like(p) for n, p in params.items()}
+        return {RATE: torch.full_like(first.detach().sum(), view.lr), **previous}
+
+    def update(self, grads: Tensors, state: Tensors, params: Tensors, view: View) -> tuple[Tensors, Tensors]:
+        factor = state[RATE] / view.lr
+        change = {n: -state[RATE] * g for n, g in grads.items()}
+        towards = -inner(change, self._pseudo_gradient(view)) / view.order.scalars.get("clients", 1.0)
+        growth = (1 + inner(change, state) + 0.1 * towards).clamp(max=1.1)
+        after = (factor * growth).clamp(1 / self.gamma, self.gamma) * view.lr
+        return {n: g * factor for n, g in grads.items()}, {RATE: after, **change}

@@ -14,6 +14,8 @@ from fedsim.types import Tensors, View
 
 
 class Proximal(Plugin):
+    per_tensor = True
+
     def __init__(self, mu: float):
         self.mu = mu
 

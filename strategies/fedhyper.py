@@ -8,33 +8,36 @@ With Delta_t the mean client update before any server rate, and h_t = kappa <Del
     CL   every client adapts its own beta at every step: clients/learning_rate.py                 (eq. 20)
     GM   G with server momentum: m_t = Delta_t + 0.9 m_{t-1}, h_t = kappa <Delta_t, m_{t-1}>, w <- w + alpha_t m_t
 
-alpha_0 = 1; in the first round nothing is adapted. Only trained parameters are stepped: a running variance extrapolated
-by alpha > 1 could turn negative, so statistics take the base's value.
+alpha_0 = 1 (``server-lr``); in the first round nothing is adapted. Only trained parameters are stepped: a running
+variance extrapolated by alpha > 1 could turn negative, so statistics take the base's value.
 
-Deviations from the released code, each with its reason: it re-creates the clients' rates every round, which makes SL a
-no-op; it bounds alpha by [0.2, 5] (``hyper-bound = 5``) where the paper says 3; its CL is multiplicative; its momentum
-multiplies by alpha - 1, so that momentum vanishes at alpha = 1.
+``released-hyper`` takes the rules of the authors' code, which differ: GM steps by alpha Delta + 0.9 (alpha - 1) m_{t-1}
+with alpha at least 0.8 (no momentum at alpha = 1), SL multiplies beta_0 by 1 + sum h, CL multiplies by at most 1.1 a
+step. Their alpha is bounded by [0.2, 5]: ``hyper-bound = 5``. Not taken: the clients' rates re-created every round,
+which makes their SL a no-op, and Adam as the local optimizer, for which the derivation does not hold.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from clients.learning_rate import DELTA, HypergradientRate, inner
+from clients.learning_rate import DELTA, HypergradientRate, ReleasedRate, inner
 from fedsim.config import Config
 from fedsim.local import ClientTask
-from fedsim.registry import Part, preset, register
+from fedsim.registry import Part, nothing_shared, preset, register
 from fedsim.strategy import SERVER, Replies, Strategy, Wrapper
 from fedsim.types import Order, Tensors
 
-ALPHA, BETA, PREVIOUS = SERVER + "alpha", SERVER + "beta", SERVER + DELTA
+ALPHA, BETA, CLIENTS, PREVIOUS = SERVER + "alpha", SERVER + "beta", SERVER + "clients", SERVER + DELTA
 
 
 class FedHyper(Wrapper):
     """Args:
     base: whose new model the rate is applied to.
     server: adapt alpha (G). local: adapt one beta for all clients (SL). share: send Delta_{t-1} to the clients (CL).
-    beta: initial local rate, for SL.
+    alpha, beta: initial server and local rate.
     bound, local_bound: gamma of alpha and of beta.
     """
 
@@ -45,21 +48,24 @@ class FedHyper(Wrapper):
         server: bool = True,
         local: bool = False,
         share: bool = False,
+        alpha: float = 1.0,
         beta: float = 0.01,
         bound: float = 3.0,
         local_bound: float = 10.0,
         kappa: float = 1.0,
         cosine: bool = False,
         momentum: float = 0.0,
+        released: bool = False,
     ):
         super().__init__(base)
+        self.alpha, self.released = alpha, released
         self.server, self.local, self.share, self.beta = server, local, share, beta
         self.bound, self.local_bound, self.kappa, self.cosine = bound, local_bound, kappa, cosine
         self.momentum = momentum
 
     def init(self, shared: Tensors) -> Tensors:
         state = self.base.init(shared)
-        state |= {ALPHA: torch.tensor(1.0), BETA: torch.tensor(self.beta)}
+        state |= {ALPHA: torch.tensor(self.alpha), BETA: torch.tensor(self.beta), CLIENTS: torch.tensor(1)}
         return state | {PREVIOUS + n: torch.zeros_like(v) for n, v in shared.items() if self.is_trained(n, v)}
 
     def previous(self, state: Tensors) -> Tensors:
@@ -68,20 +74,11 @@ class FedHyper(Wrapper):
 
     def orders(self, round: int, state: Tensors) -> list[Order]:
         orders = self.base.orders(round, state)
-        rate = {"lr": float(state[BETA])} if self.local else {}
+        rate = {"lr": self._local_rate(state)} if self.local else {}
+        rate |= {"clients": float(state[CLIENTS])} if self.share else {}
         extra = {DELTA + n: v for n, v in self.previous(state).items()} if self.share else {}
         return [
-            Order(
-                o.round,
-                o.shared,
-                o.task,
-                {**o.extra, **extra},
-                {**o.scalars, **rate},
-                o.fold,
-                o.weighting,
-            )
-            if o.task == "train"
-            else o
+            replace(o, extra={**o.extra, **extra}, scalars={**o.scalars, **rate}) if o.task == "train" else o
             for o in orders
         ]
 
@@ -96,27 +93,49 @@ class FedHyper(Wrapper):
         h = self.kappa * inner(as_double(delta), as_double(previous), self.cosine)
         alpha, beta = state[ALPHA], state[BETA]
         if self.server:
-            alpha = (alpha.double() + h).clamp(1 / self.bound, self.bound).float()
+            least = 0.8 if self.released and self.momentum else 1 / self.bound
+            alpha = (alpha.double() + h).clamp(least, self.bound).float()
         if self.local:
-            beta = (beta.double() + h).clamp(self.beta / self.local_bound, self.beta * self.local_bound).float()
+            beta = (beta.double() + (self.beta * h if self.released else h)).float()
+            beta = beta if self.released else self._bounded(beta)
         step = {n: d + self.momentum * previous[n] for n, d in delta.items()} if self.momentum else delta
-        moved = {n: state[n] + alpha.to(d.dtype) * d for n, d in step.items()}
-        return {**new, **moved, ALPHA: alpha, BETA: beta, **{PREVIOUS + n: d for n, d in step.items()}}
+        move = {n: alpha.to(d.dtype) * d for n, d in step.items()}
+        if self.released and self.momentum:
+            push = self.momentum * (alpha - 1)
+            move = {n: alpha.to(d.dtype) * d + push.to(d.dtype) * previous[n] for n, d in delta.items()}
+        rates = {ALPHA: alpha, BETA: beta, CLIENTS: torch.tensor(len(replies))}
+        return {
+            **new,
+            **{n: state[n] + d for n, d in move.items()},
+            **rates,
+            **{PREVIOUS + n: d for n, d in step.items()},
+        }
+
+    def _bounded(self, beta: torch.Tensor) -> torch.Tensor:
+        return beta.clamp(self.beta / self.local_bound, self.beta * self.local_bound)
+
+    def _local_rate(self, state: Tensors) -> float:
+        return float(self._bounded(state[BETA]))
+
+    def restrict(self, state: Tensors, masks: Tensors) -> Tensors:
+        return self.base.restrict(state, {**masks, **{PREVIOUS + n: mask for n, mask in masks.items()}})
 
     def metrics(self, state: Tensors) -> dict[str, float]:
         rates = {"server-lr": float(state[ALPHA])} if self.server else {}
-        return {**self.base.metrics(state), **rates, **({"local-lr": float(state[BETA])} if self.local else {})}
+        return {**self.base.metrics(state), **rates, **({"local-lr": self._local_rate(state)} if self.local else {})}
 
 
 def _check(task: ClientTask, config: Config) -> str | None:
     training = config.training
     if training.optimizer != "sgd" or training.momentum:
         return "hypergradients are derived for plain SGD; set training.optimizer = 'sgd' and momentum = 0"
-    return None if training.lr > 0 else "training.lr = 0 has no rate to adapt"
+    if training.lr <= 0:
+        return "training.lr = 0 has no rate to adapt"
+    return nothing_shared(task, config)
 
 
 def _part(config: Config, *, server: bool, local: bool, client: bool, momentum: float = 0.0, **options) -> Part:
-    kappa, cosine = options["kappa"], options["cosine"]
+    kappa, cosine, released = options["kappa"], options["cosine"], options["released"]
 
     def wrap(base: Strategy | None, task: ClientTask) -> Strategy:
         assert base is not None
@@ -125,7 +144,9 @@ def _part(config: Config, *, server: bool, local: bool, client: bool, momentum: 
             server=server,
             local=local,
             share=client,
+            alpha=options["alpha"],
             beta=config.training.lr,
+            released=released,
             bound=options["hyper_bound"],
             local_bound=options["local_bound"],
             kappa=kappa,
@@ -133,7 +154,8 @@ def _part(config: Config, *, server: bool, local: bool, client: bool, momentum: 
             momentum=momentum,
         )
 
-    plugins = (HypergradientRate(options["local_bound"], kappa, cosine),) if client else ()
+    rate = ReleasedRate if released else HypergradientRate
+    plugins = (rate(options["local_bound"], kappa, cosine),) if client else ()
     return Part(plugins, wrap, _check)
 
 
@@ -146,8 +168,17 @@ def _register(name: str, summary: str, *, server: bool, local: bool, client: boo
         local_bound: float = 10.0,
         kappa: float = 1.0,
         cosine: bool = False,
+        released_hyper: bool = False,
+        server_lr: float = 1.0,
     ) -> Part:
-        options = {"hyper_bound": hyper_bound, "local_bound": local_bound, "kappa": kappa, "cosine": cosine}
+        options = {
+            "hyper_bound": hyper_bound,
+            "local_bound": local_bound,
+            "kappa": kappa,
+            "cosine": cosine,
+            "released": released_hyper,
+            "alpha": server_lr,
+        }
         return _part(config, server=server, local=local, client=client, momentum=momentum, **options)
 
     preset(name, summary, learning_rate=name)

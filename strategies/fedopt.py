@@ -56,6 +56,10 @@ class FedOpt(FedAvg):
             new[name] = state[name] + self.eta * step
         return new
 
+    def restrict(self, state: Tensors, masks: Tensors) -> Tensors:
+        # The second moment stays: at zero it would fall below tau^2.
+        return super().restrict(state, {**masks, **{FIRST + n: mask for n, mask in masks.items()}})
+
     def _second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         if self.kind == "adagrad":
             return v + square

@@ -13,12 +13,13 @@ from clients.normalization import (
     StandardizedConv2d,
     StandardizedWeights,
 )
-from fedsim.models import build_model, model_names
+from fedsim.models import build_model
 from fedsim.models.norm import NORM_TYPES, norm_names
 from fedsim.types import Order
+from tests.conftest import IMAGE_MODELS
 from tests.oracles import timm_module
 
-SHAPES = {"alexnet": (3, 64, 64), "logistic": (60,), "mcmahan-cnn": (3, 32, 32)}
+SHAPES = {"alexnet": (3, 64, 64), "logistic": (60,), "mcmahan-cnn": (3, 32, 32), "vit-tiny": (3, 32, 32)}
 
 
 def build(name: str) -> nn.Module:
@@ -67,7 +68,7 @@ def test_a_constant_filter_stays_finite():
     assert torch.isfinite(conv.weight.grad).all()
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_fedwon_strips_every_norm_and_standardizes_every_convolution(name):
     model = StandardizedWeights().prepare(build(name))
     modules = list(model.modules())
@@ -76,14 +77,15 @@ def test_fedwon_strips_every_norm_and_standardizes_every_convolution(name):
     assert not any("gain" in n for n, m in model.named_modules() if isinstance(m, nn.Linear))
 
 
-@pytest.mark.parametrize("name", [n for n in model_names() if n != "logistic"])
+@pytest.mark.parametrize("name", [n for n in IMAGE_MODELS if n != "logistic"])
 def test_fedbn_keeps_every_normalization_tensor_and_silobn_the_statistics(name):
     model = build(name)
     count = sum(isinstance(m, NORM_TYPES) for m in model.modules())
     private = LocalNormalization().private(model)
     assert private == norm_names(model)
-    assert len(private) == 5 * count  # gamma, beta, mean, variance, counter
-    assert len(LocalStatistics().private(model)) == 3 * count
+    statistics = 0 if name.startswith("vit") else 3  # LayerNorm has none: mean, variance, counter
+    assert len(private) == (2 + statistics) * count  # gamma, beta
+    assert len(LocalStatistics().private(model)) == statistics * count
     assert not private & {n for n, p in model.named_parameters() if p.dim() > 1}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clients.learning_rate import DELTA, HypergradientRate
+from clients.learning_rate import DELTA, HypergradientRate, ReleasedRate
 from fedsim.checkpoint import state_sha256
 from fedsim.errors import ConfigError
 from fedsim.strategy import Replies
@@ -103,6 +103,59 @@ def test_composes_with_normalization_under_both_executors(dataset, rate, normali
     replies = loop.federation.train(loop.strategy.orders(4, state)[0], [0, 1, 2])
     if "cl" in rate:
         assert all(0.005 - 1e-9 <= r.report["client-lr"].item() <= 0.5 + 1e-9 for r in replies.singles)
+
+
+def test_released_momentum_equals_numpy():
+    """w + (1 + s) Delta + 0.9 s m, s = sum of <m, Delta> within [-0.2, 4]: the rule of src/federated_main.py."""
+    states, _ = rounds(momentum=0.9, released=True, bound=5.0, kappa=3.0)
+    w, s, m = START["w"].numpy(), 0.0, np.zeros(3)
+    for t, move in enumerate(MOVES):
+        s = np.clip(s + 3.0 * move @ m, -0.2, 4)
+        w = w + np.float32(1 + s) * move + 0.9 * np.float32(s) * m
+        m = move + 0.9 * m
+        np.testing.assert_allclose(states[t]["w"].numpy(), w, rtol=1e-6)
+
+
+def test_released_sl_multiplies_the_first_rate():
+    _, orders = rounds(server=False, local=True, beta=0.01, kappa=40.0, released=True)
+    s, previous = 0.0, np.zeros(3)
+    for t, move in enumerate(MOVES):
+        assert orders[t].scalars["lr"] == pytest.approx(min(0.1, max(0.001, 0.01 * (1 + s))), rel=1e-6)
+        s += 40 * move @ previous  # the sum is not clipped
+        previous = move
+
+
+def test_released_cl_equals_numpy_step_by_step():
+    plugin, lr = ReleasedRate(gamma=10.0), 0.5
+    draw = np.random.default_rng(0)
+    delta, grads = draw.normal(size=3), draw.normal(size=(6, 3))
+    params = {"w": torch.zeros(3, dtype=torch.float64)}
+    order = Order(2, {}, extra={DELTA + "w": torch.tensor(delta)}, scalars={"clients": 4.0})
+    view = View(order, {}, lr, 6.0)
+    state = plugin.start(params, view)
+    factor, previous = 1.0, delta
+    for g in grads:
+        change = -lr * factor * g
+        scaled, state = plugin.update({"w": torch.tensor(g)}, state, params, view)
+        np.testing.assert_allclose(scaled["w"].numpy(), factor * g, rtol=1e-12)
+        factor = np.clip(factor * min(1.1, 1 + change @ previous + 0.1 * change @ delta / 4), 0.1, 10)
+        previous = change
+
+
+@pytest.mark.parametrize("rate", ["fedhyper-sl", "fedhyper-g-cl", "fedhyper-gm"])
+def test_released_rules_run_under_both_executors(dataset, rate):
+    sections = {"algorithm": {"strategy": rate, "released-hyper": True}, "training": {"dtype": "float64"}}
+    agree(*(Small(dataset, simulation={"executor": e}, **sections) for e in ("loop", "vmap")), rounds=3)
+
+
+def test_the_first_server_rate_is_configured(dataset):
+    half, one = (Small(dataset, algorithm={"strategy": "fedhyper-cl", "server-lr": a}) for a in (0.5, 1.0))
+    start = one.federation.shared
+    moved = [run.run(1) for run in (half, one)]
+    for name in one.task.trainable:
+        torch.testing.assert_close(
+            moved[0][name] - start[name], (moved[1][name] - start[name]) / 2, atol=1e-6, rtol=1e-4
+        )
 
 
 def test_one_hash_in_any_order_of_blocks(dataset):

@@ -1,0 +1,164 @@
+"""More values of the normalization axis: layers that take the place of BatchNorm. See ``clients/NORMALIZATION.md``.
+
+Layers over vectors [B, C] have no positions to take statistics over. There the variants that must not depend on the
+batch use LayerNorm, and the others keep BatchNorm (or their own form of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.config import Config
+from fedsim.errors import ConfigError
+from fedsim.local import ClientTask
+from fedsim.models.norm import classify, norm_names, replace_modules
+from fedsim.models.norm_layers import (
+    AdaptiveMomentumBatchNorm2d,
+    BatchChannelNorm2d,
+    EvoNormB0,
+    EvoNormS0,
+    GhostBatchNorm2d,
+    InstanceBatchNorm2d,
+)
+from fedsim.plugin import Plugin
+from fedsim.registry import Part, register
+
+Make = Callable[[int], nn.Module]
+
+
+def _has_batch_norm(task: ClientTask, config: Config) -> str | None:
+    return None if config.model.norm == "bn" else f"it replaces BatchNorm, and model.norm = '{config.model.norm}'"
+
+
+class ReplaceBatchNorm(Plugin):
+    """Args: images, vectors: channels -> layer in the place of BatchNorm2d and BatchNorm1d. keep_last: leave the
+    deepest BatchNorm2d as it is, as IBN-Net does."""
+
+    def __init__(self, images: Make, vectors: Make = nn.BatchNorm1d, keep_last: bool = False):
+        self.images, self.vectors, self.keep_last = images, vectors, keep_last
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        planes = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        kept = planes[-1:] if self.keep_last else []
+
+        def swap(path: str, module: nn.Module) -> nn.Module | None:
+            if isinstance(module, nn.BatchNorm2d):
+                return module if any(module is m for m in kept) else self.images(module.num_features)
+            return self.vectors(module.num_features) if isinstance(module, nn.BatchNorm1d) else None
+
+        return replace_modules(model, swap)
+
+
+class ReplaceWithActivation(Plugin):
+    """EvoNorm in the place of BatchNorm2d and the ReLU after it, which it includes.
+
+    Raises:
+        ConfigError: a BatchNorm2d is not followed by a ReLU in an ``nn.Sequential``.
+    """
+
+    def __init__(self, images: Make, vectors: Make):
+        self.images, self.vectors = images, vectors
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+            for i in range(len(block) - 1):
+                if isinstance(block[i], nn.BatchNorm2d) and isinstance(block[i + 1], nn.ReLU):
+                    block[i], block[i + 1] = self.images(block[i].num_features), nn.Identity()  # type: ignore[arg-type]
+        left = [path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+        if left:
+            raise ConfigError(
+                f"algorithm.normalization: EvoNorm includes its nonlinearity, and no ReLU follows '{left[0]}' in an "
+                "nn.Sequential; choose another normalization or another model"
+            )
+        return ReplaceBatchNorm(self.images, self.vectors).prepare(model)
+
+
+class WeightStandardizedConv2d(nn.Conv2d):
+    """Weight standardization (Qiao et al., arXiv 1903.10520): (w - mean_i) / sqrt(var_i + eps) a filter, with biased
+    variance inside the root as timm's; without a gain, so that a normalization layer must follow."""
+
+    eps = 1e-6
+
+    def forward(self, input: Tensor) -> Tensor:
+        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        return self._conv_forward(input, (self.weight - mean) * (var + self.eps).rsqrt(), self.bias)
+
+
+class StandardizeBeforeNorm(Plugin):
+    """Every Conv2d becomes a ``WeightStandardizedConv2d`` with the same weights and names."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if type(module) is nn.Conv2d:
+                module.__class__ = WeightStandardizedConv2d  # no tensor of its own: weights and settings stay
+        return model
+
+
+class AffineOnly(Plugin):
+    """Only gamma and beta train (Frankle, Schwab, Morcos, ICLR 2021): they and the statistics are all that travels.
+
+    gamma ~ U(0, 1) and beta = 0 at first; every other parameter, the last layer's too, keeps its initial value.
+    """
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        affine = {n for n, kind in classify(model).items() if kind == "affine"}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in affine)
+            if name in affine:
+                nn.init.uniform_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
+        return model
+
+
+@register("normalization", "in")
+def instance(config: Config) -> Part:
+    images = lambda c: nn.InstanceNorm2d(c, affine=True)  # noqa: E731
+    return Part((ReplaceBatchNorm(images, nn.LayerNorm),), check=_has_batch_norm)
+
+
+@register("normalization", "bcn")
+def batch_channel(config: Config) -> Part:
+    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(BatchChannelNorm2d, nn.LayerNorm)), check=_has_batch_norm)
+
+
+@register("normalization", "bcn-estimated")
+def batch_channel_estimated(config: Config) -> Part:
+    images = lambda c: BatchChannelNorm2d(c, estimated=True)  # noqa: E731
+    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(images, nn.LayerNorm)), check=_has_batch_norm)
+
+
+@register("normalization", "ibn-a")
+def ibn_a(config: Config) -> Part:
+    return Part((ReplaceBatchNorm(InstanceBatchNorm2d, keep_last=True),), check=_has_batch_norm)
+
+
+@register("normalization", "ghost")
+def ghost(config: Config, *, ghost_size: int = 8) -> Part:
+    layer = lambda c: GhostBatchNorm2d(c, ghost_size)  # noqa: E731
+    return Part((ReplaceBatchNorm(layer, layer),), check=_has_batch_norm)
+
+
+@register("normalization", "evonorm-s0")
+def evonorm_s0(config: Config) -> Part:
+    return Part((ReplaceWithActivation(EvoNormS0, nn.LayerNorm),), check=_has_batch_norm)
+
+
+@register("normalization", "evonorm-b0")
+def evonorm_b0(config: Config) -> Part:
+    return Part((ReplaceWithActivation(EvoNormB0, nn.BatchNorm1d),), check=_has_batch_norm)
+
+
+@register("normalization", "adab2n")
+def adab2n(config: Config, *, ada_kappa: float = 0.5) -> Part:
+    layer = lambda c: AdaptiveMomentumBatchNorm2d(c, ada_kappa)  # noqa: E731
+    return Part((ReplaceBatchNorm(layer, layer),), check=_has_batch_norm)
+
+
+@register("normalization", "affine-only")
+def affine_only(config: Config) -> Part:
+    def check(task: ClientTask, config: Config) -> str | None:
+        return None if norm_names(task.model) else f"model.norm = '{config.model.norm}': no layer has gamma and beta"
+
+    return Part((AffineOnly(),), check=check)
