@@ -1,0 +1,63 @@
+"""What travels beside an order: which run, which client, and the place of the order in the run's sequence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, RecordDict
+
+JOB, ABOUT, SIZES, LOCAL = "job", "about", "sizes", "local"
+HELLO, PLACE, DONE = "query.hello", "query.place", "query.done"
+PER_ROUND = 1000  # sequence numbers of a round: its orders, and at the end its evaluation
+
+
+def sequence(round: int, order: int = 0) -> int:
+    """Ascending over the orders of a run, the same again after a resume."""
+    return round * PER_ROUND + order
+
+
+def end_of(round: int) -> int:
+    """The last sequence number of a round."""
+    return sequence(round, PER_ROUND - 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    Attributes:
+        config: the resolved configuration, TOML. Scalars only: names of parts the client has installed, never code.
+        run: 16 hexadecimal digits, the same for all starts of a run.
+        client: the client's number, -1 before it has one.
+        sequence: of the order; the client forgets what it kept at this one or later.
+        oldest: round of the oldest checkpoint; what was before can never be asked for again.
+        split: of an evaluation.
+    """
+
+    config: str
+    run: str
+    client: int = -1
+    sequence: int = 0
+    oldest: int = 0
+    split: str = "test"
+
+    def record(self) -> ConfigRecord:
+        return ConfigRecord(asdict(self))  # type: ignore[arg-type]
+
+
+def read_job(content: RecordDict) -> Job:
+    """The job of a message.
+
+    Raises:
+        KeyError, TypeError, ValueError: it carries none, or one that makes no sense.
+    """
+    values: Any = dict(content[JOB])  # type: ignore[arg-type]
+    job = Job(**values)
+    if not re.fullmatch(r"[0-9a-f]{16}", job.run):
+        raise ValueError("the run's name is not 16 hexadecimal digits")
+    if not all(type(v) is int for v in (job.client, job.sequence, job.oldest)):
+        raise ValueError("client, sequence and oldest must be whole numbers")
+    if job.split not in ("test", "validation"):
+        raise ValueError(f"split '{job.split}', expected test or validation")
+    return job

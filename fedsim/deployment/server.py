@@ -1,0 +1,155 @@
+"""``fedsim server``: the round loop of a simulation, on clients that are somewhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import tempfile
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from flwr.app import RecordDict
+
+from fedsim.build import Data, Plan, plan
+from fedsim.checkpoint import Checkpoints, write_atomically
+from fedsim.config import Config, load_config, to_toml
+from fedsim.data import Dataset, Partition
+from fedsim.deployment.federation import Patience, RemoteFederation, exchange
+from fedsim.deployment.jobs import DONE, JOB, Job
+from fedsim.deployment.link import Link
+from fedsim.deployment.roster import Roster
+from fedsim.deployment.site import domains_of
+from fedsim.errors import ConfigError, DataError
+from fedsim.registry import resolve
+from fedsim.run import drive
+from fedsim.rundir import RunWriter
+from fedsim.worker import WorkerSpec
+
+log = getLogger("fedsim")
+
+
+def deployed(config: Config) -> Config:
+    """The configuration as real clients carry it out: one client a process, a checkpoint every round.
+
+    Raises:
+        ConfigError: a federation that only a simulation can have.
+    """
+    federation = config.federation
+    if not domains_of(config):
+        raise ConfigError("federation.domains: name the domains of the real clients, separated by commas")
+    if federation.across or federation.partition == "pooled":
+        raise ConfigError("federation: clients that mix domains cannot be deployed; every real client has one domain")
+    simulation = config.simulation.model_copy(update={"executor": "loop", "workers": 0, "gpus_per_worker": 0.0})
+    checkpoint = config.checkpoint.model_copy(update={"every": 1})
+    config, _ = resolve(config.model_copy(update={"simulation": simulation, "checkpoint": checkpoint}))
+    return config
+
+
+def check_issuer(cert: Path, ca: Path) -> None:
+    """Refuse to start with a certificate that no client would accept.
+
+    Raises:
+        DataError: it is not signed by this CA.
+    """
+    try:
+        found = [x509.load_pem_x509_certificate(p.read_bytes()) for p in (cert, ca)]
+        found[0].verify_directly_issued_by(found[1])
+    except (OSError, ValueError, TypeError, InvalidSignature) as error:
+        raise DataError(f"{cert}: not a certificate issued by {ca} ({type(error).__name__})") from None
+
+
+def stand_in(roster: Roster, name: str, folder: Path) -> Data:
+    """What the server has in place of data: one blank example a domain, of the clients' shape, and their counts."""
+    about = roster.about[0]
+    x, y = np.zeros((1, *about["shape"]), about["dtype"]), np.zeros(1, np.int64)
+    blank = {domain: {"train": (x, y), "test": (x, y)} for domain in roster.domains}
+    dataset = Dataset.from_arrays(name, folder, blank, tuple(about["classes"]))
+    digests = "".join(str(roster.about[c]["digest"]) for c in sorted(roster.about))
+    dataset.digest = hashlib.sha256(digests.encode()).hexdigest()
+    offsets = np.cumsum([0] + [roster.sizes[c][0] for c in sorted(roster.sizes)]).astype(np.int64)
+    owners = np.repeat(np.arange(len(roster.domains)), roster.each).astype(np.int16)
+    return dataset, Partition(np.zeros(offsets[-1], np.int64), offsets, owners, tuple(roster.domains)), None
+
+
+def _run_name(path: Path) -> str:
+    """Made up once: clients keep their private state under it."""
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(8).encode())
+    return path.read_text().strip()
+
+
+def _remote(planned: Plan, roster: Roster, checkpoints: Checkpoints) -> RemoteFederation:
+    config = planned.config
+    spec = WorkerSpec(
+        planned.task, planned.dataset, planned.shards, config.training, config.seed, config.rounds, debug=False
+    )
+    before = -planned.strategy.setup_rounds
+
+    def oldest() -> int:
+        return min(checkpoints.rounds(), default=before)
+
+    return RemoteFederation(
+        spec,
+        planned,
+        roster.link,
+        roster.members,
+        roster.sizes,
+        roster.job,
+        roster.patience,
+        oldest,
+    )
+
+
+def serve(
+    config: Config,
+    out: Path,
+    *,
+    listen: str,
+    cert: Path,
+    key: Path,
+    ca: Path,
+    clients: Path,
+    patience: Patience,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Run, or continue after the last finished round, a federation of real clients; returns the summary.
+
+    Raises:
+        ConfigError, DataError: before anything is trained.
+        FedsimError: the clients did not come, or left for good.
+    """
+    config = deployed(config)
+    check_issuer(cert, ca)
+    resumed = (out / "config.toml").exists()
+    writer = RunWriter(out, resume=resumed)
+    job = Job(to_toml(config), _run_name(out / "run-name"))
+    link = Link(listen, cert=cert, key=key, clients=clients)
+    try:
+        log.info("listening on port %d; run directory %s", link.port, out)
+        federation = config.federation
+        roster = Roster(link, out / "clients.json", job, domains_of(config), federation.clients_per_domain, patience)
+        roster.gather()
+        with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
+            data = stand_in(roster, federation.dataset, Path(folder) / "data")
+            planned = plan(config, data)
+            if resumed and load_config(out / "config.toml") != planned.config:
+                raise ConfigError(f"{out}: holds a run of another configuration; choose another --out")
+            checkpoints = Checkpoints(out / "checkpoints", planned.config.checkpoint.keep)
+            summary = drive(_remote(planned, roster, checkpoints), planned, writer, debug=debug)
+            _dismiss(roster)
+        return summary
+    finally:
+        link.close()
+        writer.close()
+
+
+def _dismiss(roster: Roster) -> None:
+    """Tell the clients that the run is finished; whoever is not there finds nobody and gives up by itself."""
+    here = {c: m for c, m in roster.members.items() if roster.link.members.present(m, roster.patience.silent)}
+    if here:
+        content = RecordDict({JOB: roster.job.record()})
+        exchange(roster.link, here, lambda client: content, DONE, Patience(5.0, 5.0, 5.0))
