@@ -13,6 +13,7 @@ from fedsim.data import Dataset, Partition, from_config, hold_out, set_apart
 from fedsim.engine import Federation, block_size
 from fedsim.errors import ConfigError
 from fedsim.examples import Examples
+from fedsim.guard import Policy
 from fedsim.local import ClientTask
 from fedsim.models import build_model
 from fedsim.models.weights import load_weights
@@ -133,8 +134,18 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
     config = config.model_copy(update={"simulation": simulation})
     strategy = server_of(parts, task, config)
-    strategy.public = examples.batch("train", public)
+    strategy.public, strategy.policy = examples.batch("train", public), policy_of(config)
+    if cohort < strategy.needs:
+        raise ConfigError(
+            f"algorithm: the aggregation rule needs the updates of {strategy.needs} clients, a round has {cohort};"
+            " take more clients, a higher federation.participation, or a rule that needs fewer"
+        )
     return Plan(config, parts, task, dataset, shards, validation, strategy, cohort)
+
+
+def policy_of(config: Config) -> Policy:
+    guard = config.guard
+    return Policy(guard.max_update_norm, guard.quorum, guard.set_aside_after)
 
 
 def pool_of(spec: WorkerSpec, config: Config) -> Pool:
@@ -166,6 +177,7 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         evaluation_batch=config.evaluation.batch_size,
         device="cuda" if config.simulation.gpus_per_worker else "cpu",
         debug=debug,
+        max_update_norm=config.guard.max_update_norm,
     )
     validation = None if plan.validation is None else [plan.validation[c] for c in range(len(plan.validation))]
     return Federation(
@@ -176,4 +188,6 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         block=config.simulation.block,
         validation=validation,
         unseen=config.federation.leave_out,
+        policy=policy_of(config),
+        needs=plan.strategy.needs,
     )

@@ -110,6 +110,16 @@ class Checkpoint(Section):
     keep: Count = 2
 
 
+class Guard(Section):
+    max_update_norm: NonNegative = Field(0.0, description="an update of a larger L2 norm is refused; 0: no bound")
+    quorum: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of a round's clients whose updates must be accepted, or the model stays as it is"
+    )
+    set_aside_after: Annotated[int, Field(ge=0)] = Field(
+        0, description="refused updates after which a client is not asked any more; 0: never"
+    )
+
+
 class Config(Section):
     name: str = "fedsim"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -121,6 +131,7 @@ class Config(Section):
     simulation: SimulationSection = SimulationSection()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fedsim.fold import Partial, mean, merge
+from fedsim.guard import WELL_FORMED, Policy
 from fedsim.pool import Pool, WorkerLost
 from fedsim.random import generator
 from fedsim.store import ClientStore
@@ -35,6 +36,7 @@ class Federation:
         block: clients of a block (the unit of scheduling, of vectorisation and of partial sums).
         validation: held-out training examples of each client, if any.
         unseen: a domain that no client holds, or "".
+        policy: what is asked of updates. needs: updates without which the server rule cannot work.
     """
 
     def __init__(
@@ -47,12 +49,16 @@ class Federation:
         block: int,
         validation: Sequence[np.ndarray] | None = None,
         unseen: str = "",
+        policy: Policy = WELL_FORMED,
+        needs: int = 1,
     ):
         self.spec, self.pool, self.store = spec, pool, store
         self.cohort, self.block = cohort, block
         self.validation, self.unseen = validation, unseen
         self.shared, self.private = spec.task.initial()
+        self.policy, self.needs = policy, needs
         self.failures: list[Failure] = []
+        self.void: str | None = None
         self.dropped = self.retried = 0
 
     def __len__(self) -> int:
@@ -80,14 +86,28 @@ class Federation:
 
         Afterwards ``self.failures`` holds the clients whose updates are not used, ``self.dropped`` the examples left
         out by the last-batch policy, ``self.retried`` the clients whose block was repeated: of this order alone.
+        If too few updates can be used, ``self.void`` says so, and the clients keep the private state they had.
         """
-        results = self.train_blocks(order, clients)
+        results = self._results(order, clients)
         replies = [reply for result in results for reply in result.replies]
+        self.void = self.policy.void(len(replies), len(clients), self.needs)
+        if self.void is None:
+            self._keep(order, results)
         partials = [result.partial for result in results if result.partial is not None]
         return Replies(replies, partials, order.weighting, len(self))
 
     def train_blocks(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         """The results in block order; the clients' new private states are stored."""
+        results = self._results(order, clients)
+        self._keep(order, results)
+        return results
+
+    def _keep(self, order: Order, results: Sequence[BlockResult]) -> None:
+        for result in results:
+            for client, state in result.states.items():
+                self.store.put(client, order.round, state)
+
+    def _results(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         clients = sorted(clients)
         blocks = [clients[i : i + self.block] for i in range(0, len(clients), self.block)]
         calls = [(block, [self.state(c) for c in block]) for block in blocks]
@@ -102,8 +122,6 @@ class Federation:
         for result in results:
             self.dropped += result.dropped
             self.failures += result.failures
-            for client, state in result.states.items():
-                self.store.put(client, order.round, state)
         return results
 
     def evaluate(self, shared: Tensors, split: str = "test") -> list[Score]:

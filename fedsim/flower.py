@@ -6,7 +6,7 @@ versions; unstable names live in ``fedsim.grid`` and the deployment.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedsim.fold import Partial
-from fedsim.guard import refuse, refuse_count, refuse_metrics, refuse_report
+from fedsim.guard import (
+    WELL_FORMED,
+    Offenders,
+    Policy,
+    refuse,
+    refuse_count,
+    refuse_metrics,
+    refuse_norm,
+    refuse_odd,
+    refuse_report,
+)
 from fedsim.random import generator
 from fedsim.types import Order, Reply, Tensors
 from fedsim.wire import to_arrays, to_dense_arrays, to_tensors, to_tensors_and_masks
@@ -111,7 +121,11 @@ def read_reply(content: RecordDict, orders: Sequence[Order]) -> tuple[Reply, int
 
 
 class FlowerMethods(FlowerStrategy):
-    """Flower's five methods, from ``init / orders / aggregate``."""
+    """Flower's five methods, from ``init / orders / aggregate``.
+
+    Attributes:
+        policy: what is asked of the nodes' updates.
+    """
 
     init: Any
     orders: Any
@@ -121,8 +135,12 @@ class FlowerMethods(FlowerStrategy):
     seed: int
     setup_rounds: int
     fraction_train: float
+    needs: int
 
     def __init__(self) -> None:
+        self.policy = WELL_FORMED
+        self._offenders = Offenders(WELL_FORMED)
+        self._asked = 0
         self.state: Tensors | None = None
         self._sent: list[Order] = []
         self._population = 0
@@ -131,17 +149,20 @@ class FlowerMethods(FlowerStrategy):
         log.info("%s: fraction-train %g, seed %d", type(self).__name__, self.fraction_train, self.seed)
 
     def sample(self, server_round: int, grid: Grid) -> list[int]:
-        """Nodes of a round, drawn by position in ascending order of node id, so that equal grids sample alike."""
+        """Nodes of a round, drawn by position in ascending order of node id, so that equal grids sample alike; those
+        that are set aside are drawn and not asked."""
         nodes = sorted(grid.get_node_ids())
         count = max(1, round(self.fraction_train * len(nodes)))
         draw = generator(self.seed, round=server_round, purpose="sample")
-        return [nodes[i] for i in np.sort(draw.choice(len(nodes), count, replace=False))]
+        chosen = [nodes[i] for i in np.sort(draw.choice(len(nodes), count, replace=False))]
+        aside = set(self._offenders.aside)
+        return [node for node in chosen if node not in aside]
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         if self.state is None or server_round == 1:
-            self.state = self.init(to_tensors(arrays))
+            self.state, self._offenders = self.init(to_tensors(arrays)), Offenders(self.policy)
             for setup in range(1 - self.setup_rounds, 1):
                 self.aggregate_train(setup, grid.send_and_receive(self._messages(setup, grid)))
         return self._messages(server_round, grid)
@@ -151,6 +172,7 @@ class FlowerMethods(FlowerStrategy):
         self._sent = self.orders(server_round, self.state)
         self._population = len(list(grid.get_node_ids()))
         nodes = self.sample(server_round, grid)
+        self._asked = len(nodes)
         messages = []
         for number, order in enumerate(self._sent):
             content = order_content(order, number)
@@ -163,14 +185,20 @@ class FlowerMethods(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         assert self.state is not None, "configure_train comes first"
         losses: list[tuple[float, int]] = []
-        for number, believed in enumerate(collect(replies, self._sent, self._population)):
-            if not believed.singles:
-                log.warning("round %d: no reply to order %d can be used; the model stays", server_round, number)
-                continue
+        refused: set[int] = set()
+        before = self.state
+        collected = collect(replies, self._sent, self._population, self.policy, lambda node, _: refused.add(node))
+        for node in sorted(refused):
+            if self._offenders.record(node):
+                log.warning("node %d is set aside after %d refused rounds", node, self.policy.set_aside_after)
+        for number, believed in enumerate(collected):
+            void = self.policy.void(len(believed), self._asked, self.needs)
+            if void is not None:
+                log.warning("round %d: %s; the model stays as it is", server_round, void)
+                self.state = before
+                return None, None
             self.state = self.aggregate(server_round, self.state, self._sent[number], believed)
             losses += [(r.metrics.get("loss", 0.0), r.examples) for r in believed.singles]
-        if not losses:
-            return None, None
         loss = sum(value * n for value, n in losses) / sum(n for _, n in losses)
         return to_dense_arrays(self.shared(self.state)), MetricRecord({"loss": loss, "clients": len(losses)})
 
@@ -195,11 +223,25 @@ class FlowerMethods(FlowerStrategy):
         return MetricRecord({n: v / examples for n, v in sums.items()}) if examples else None
 
 
-def collect(messages: Iterable[Message], orders: list[Order], population: int = 0) -> list[Replies]:
-    """Sort replies by order and client, and leave out, by name, what the guard does not believe."""
+def collect(
+    messages: Iterable[Message],
+    orders: list[Order],
+    population: int = 0,
+    policy: Policy = WELL_FORMED,
+    refused: Callable[[int, str], object] = lambda node, reason: None,
+) -> list[Replies]:
+    """Sort replies by order and client, and leave out, by name, what the guard does not believe.
+
+    Args:
+        refused: is told the node and the reason of every refused update.
+    """
     from fedsim.strategy import Replies
 
-    singles: list[list[Reply]] = [[] for _ in orders]
+    def leave_out(node: int, reason: str) -> None:
+        log.warning("node %d: update rejected: %s", node, reason)
+        refused(node, reason)
+
+    singles: list[dict[int, Reply]] = [{} for _ in orders]
     partials: list[dict[int, Partial]] = [{} for _ in orders]
     for message in messages:
         node = message.metadata.src_node_id
@@ -212,15 +254,21 @@ def collect(messages: Iterable[Message], orders: list[Order], population: int = 
             expected = {} if partial is not None or (order.fold and not reply.shared) else order.returned
             reason = refuse(reply.shared, expected) or refuse_count(reply.examples)
             reason = reason or refuse_metrics(reply.metrics) or refuse_report(reply.report)
+            if reason is None and reply.shared and order.task == "train":
+                reason = refuse_norm(reply.shared, order.shared, policy.max_update_norm)
         except (KeyError, ValueError, TypeError, IndexError) as error:
             reason = f"not a reply: {type(error).__name__}: {error}"
         if reason is not None:
-            log.warning("node %d: update rejected: %s", node, reason)
+            leave_out(node, reason)
             continue
-        singles[number].append(reply)
+        singles[number][node] = reply
         if partial is not None:
             partials[number][reply.client] = partial
-    by_client = lambda replies: sorted(replies, key=lambda r: r.client)  # noqa: E731
+    for replies in singles:
+        for node, reason in refuse_odd({node: r.report for node, r in replies.items()}).items():
+            leave_out(node, reason)
+            del replies[node]
+    by_client = lambda replies: sorted(replies.values(), key=lambda r: r.client)  # noqa: E731
     return [
         Replies(by_client(s), [p for _, p in sorted(ps.items())], order.weighting, population)
         for s, ps, order in zip(singles, partials, orders)

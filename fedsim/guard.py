@@ -3,11 +3,57 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from fedsim.types import Tensors
+from fedsim.types import FOLDED, Tensors
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is asked of updates beside being well-formed; zeros ask nothing.
+
+    Attributes:
+        max_update_norm: the most by which training may move the shared tensors, in L2 over all of floating point.
+        quorum: share of the clients asked whose updates must be believed; with fewer the round is void.
+        set_aside_after: refused updates after which a client is not asked any more.
+    """
+
+    max_update_norm: float = 0.0
+    quorum: float = 0.0
+    set_aside_after: int = 0
+
+    def void(self, believed: int, asked: int, needs: int = 1) -> str | None:
+        """Why so few believed updates change nothing, or None. ``needs``: without which the rule cannot work."""
+        share = f"{believed} of {asked} updates can be used"
+        if believed < self.quorum * asked:
+            return f"{share}, the quorum is {self.quorum:g}"
+        return f"{share}, the aggregation rule needs {needs}" if believed < needs else None
+
+
+WELL_FORMED = Policy()  # nothing beyond
+
+
+@dataclass
+class Offenders:
+    """Refused updates by client, and who is set aside for them."""
+
+    policy: Policy
+    refused: dict[int, int] = field(default_factory=dict)
+
+    def record(self, client: int) -> bool:
+        """Count a refused update; True if the client is set aside from now on."""
+        self.refused[client] = self.refused.get(client, 0) + 1
+        return self.refused[client] == self.policy.set_aside_after
+
+    @property
+    def aside(self) -> list[int]:
+        """Clients that are not asked any more, ascending."""
+        limit = self.policy.set_aside_after
+        return sorted(c for c, count in self.refused.items() if limit and count >= limit)
 
 
 def refuse(tensors: Tensors, expected: Tensors) -> str | None:
@@ -30,6 +76,20 @@ def refuse(tensors: Tensors, expected: Tensors) -> str | None:
     return None
 
 
+def refuse_norm(tensors: Tensors, before: Tensors, most: float) -> str | None:
+    """Why an update moves too far from ``before``, or None: its L2 norm over all floating-point tensors, statistics
+    included, is above ``most``. ``most`` 0 refuses nothing; ``tensors`` have been through ``refuse``."""
+    if not most:
+        return None
+    squares = (
+        float((v.double() - before[n].double()).square().sum())
+        for n, v in sorted(tensors.items())
+        if v.is_floating_point()
+    )
+    norm = math.sqrt(math.fsum(squares))
+    return f"the update has norm {norm:.6g}, the bound is {most:g}" if norm > most else None
+
+
 def refuse_count(examples: object, most: int | None = None) -> str | None:
     """Why an example count is not believable, or None. ``most``: what the client's shard holds, if known."""
     if isinstance(examples, bool) or not isinstance(examples, int | float) or not math.isfinite(examples):
@@ -45,6 +105,18 @@ def refuse_report(report: Tensors) -> str | None:
     """Why what a plug-in reports is not believable: a value that is not finite."""
     bad = next((n for n, v in report.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
     return f"report '{bad}' holds a value that is not finite" if bad is not None else None
+
+
+def refuse_odd(reports: Mapping[int, Tensors]) -> dict[int, str]:
+    """Of reports by client those whose model-sized entries are not like most clients' (names, shapes, dtypes), and why:
+    what is to be summed must be alike, and one client must not decide what the others should look like."""
+    looks = {
+        client: tuple((n, tuple(v.shape), v.dtype) for n, v in sorted(report.items()) if n.startswith(FOLDED))
+        for client, report in sorted(reports.items())
+    }
+    usual = Counter(looks.values()).most_common(1)[0][0] if looks else ()
+    reason = "its report differs from the other clients' in names, shapes or dtypes"
+    return {client: reason for client, look in looks.items() if look != usual}
 
 
 def refuse_metrics(metrics: Mapping[str, float]) -> str | None:

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.build import Plan, federation_of, plan
+from fedsim.build import Plan, federation_of, plan, policy_of
 from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.config import Config, load_config
 from fedsim.engine import Federation
 from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.examples import Examples
 from fedsim.flops import forward_flops, masked_flops
+from fedsim.guard import Offenders
 from fedsim.models.weights import weights_sha256
 from fedsim.results.progress import Progress
 from fedsim.results.store import MetricStore
@@ -50,6 +51,7 @@ class Totals:
     bytes_down: int = 0
     train_flops: int = 0
     rejected_updates: int = 0
+    void_rounds: int = 0
     retried_clients: int = 0
     dropped_examples: int = 0
     seconds: float = 0.0
@@ -129,6 +131,8 @@ class _Run:
         self.metrics = MetricStore(writer.path / "metrics.sqlite")
         self.checkpoints = Checkpoints(writer.path / "checkpoints", self.config.checkpoint.keep)
         self.totals, self.stop, self.empty, self.debug = Totals(), False, 0, debug
+        self.offenders = Offenders(policy_of(self.config))
+        self.left_out: dict[str, int] = {}  # updates not used, by stage
         self.best: dict[str, Any] = {}
         self.latest: dict[str, Any] = {}
         self.started = time.perf_counter()
@@ -170,6 +174,8 @@ class _Run:
             return first, self.strategy.init(federation.shared)
         self.totals = Totals(**snapshot.record["totals"])
         self.best, self.latest = snapshot.record["best"], snapshot.record["latest"]
+        self.left_out = snapshot.record["left_out"]
+        self.offenders.refused = {int(client): count for client, count in snapshot.record["refused"].items()}
         self.started -= self.totals.seconds
         self.store.rewind(snapshot.round)
         self.metrics.rewind(snapshot.round)
@@ -178,21 +184,35 @@ class _Run:
         return snapshot.round + 1, snapshot.state
 
     def _round(self, federation: Federation, round: int, state: Tensors) -> Tensors:
-        clients = federation.sample(round)
-        usable = False
+        aside = set(self.offenders.aside)
+        clients = [c for c in federation.sample(round) if c not in aside]
+        before, refused = state, set[int]()
         for order in self.strategy.orders(round, state):
             replies = federation.train(order, clients)
             self._account(federation, order, clients, replies)
-            if replies.singles:
-                usable = True
-                state = self.strategy.aggregate(round, state, order, replies)
-        self.empty = 0 if usable else self.empty + 1
+            refused |= {f.client for f in federation.failures if f.stage == "update"}
+            if federation.void is not None:
+                state = before
+                self.totals.void_rounds += 1
+                self.writer.event("void", round=round, reason=federation.void)
+                self.progress.note(f"round {round}: {federation.void}; the model stays as it is")
+                break
+            state = self.strategy.aggregate(round, state, order, replies)
+        self._judge(round, refused)
+        self.empty = self.empty + 1 if federation.void is not None else 0
         if self.empty >= EMPTY_ROUNDS:
-            causes = sorted({f.reason for f in federation.failures})
+            causes = sorted({f.reason for f in federation.failures}) or [str(federation.void)]
             raise FedsimError(f"no usable update in {self.empty} rounds in a row: {'; '.join(causes[:3])}")
         rows = [(round, -1, "", "", name, value, 1.0) for name, value in self.strategy.metrics(state).items()]
         self.metrics.add(rows)
         return state
+
+    def _judge(self, round: int, refused: set[int]) -> None:
+        for client in sorted(refused):
+            if self.offenders.record(client):
+                times = self.offenders.refused[client]
+                self.writer.event("set aside", round=round, client=client, refused=times)
+                self.progress.note(f"round {round}: client {client} is set aside after {times} refused rounds")
 
     def _account(self, federation: Federation, order: Order, clients: list[int], replies: Replies) -> None:
         totals, round = self.totals, order.round
@@ -211,6 +231,7 @@ class _Run:
         totals.dropped_examples += federation.dropped
         for failure in federation.failures:
             totals.rejected_updates += 1
+            self.left_out[failure.stage] = self.left_out.get(failure.stage, 0) + 1
             self.writer.event(
                 "rejected", round=round, client=failure.client, stage=failure.stage, reason=failure.reason
             )
@@ -272,6 +293,8 @@ class _Run:
             "totals": asdict(self.totals),
             "best": self.best,
             "latest": self.latest,
+            "left_out": self.left_out,
+            "refused": self.offenders.refused,
             "numerics": numerics(self.config),
         }
         self.checkpoints.save(Snapshot(round, state, record))
@@ -296,6 +319,9 @@ class _Run:
             "mean_accuracy": sum(values) / len(values),
             "worst_accuracy": min(values),
             **totals,
+            "left_out": self.left_out,
+            "refused_rounds": self.offenders.refused,
+            "set_aside": self.offenders.aside,
             "training_memory_bytes": self.strategy.training_memory(state, self._parameters()),
             "server": self.strategy.metrics(state),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

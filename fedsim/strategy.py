@@ -103,6 +103,8 @@ class Strategy(FlowerMethods):
     """Examples of the server's own (inputs, labels), perhaps none of them; given to the outermost strategy of a run."""
     setup_rounds: int = 0
     """Rounds before the first training round; their numbers are 1 - setup_rounds, ..., 0."""
+    needs: int = 1
+    """Updates without which an order cannot be aggregated; with fewer the round changes nothing."""
     weighting: ClassVar[str] = "examples"
 
     def __init__(self, *, trainable: Collection[str] | None = None, seed: int = 0, fraction_train: float = 1.0) -> None:
@@ -168,6 +170,7 @@ class Wrapper(Strategy):
         self.base = base
         self.plugins = (*self.plugins, *base.plugins)
         self.setup_rounds = self.setup_rounds + base.setup_rounds
+        self.needs = max(self.needs, base.needs)
 
     def init(self, shared: Tensors) -> Tensors:
         return self.base.init(shared)

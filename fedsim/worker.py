@@ -17,7 +17,7 @@ from fedsim.config import Training
 from fedsim.data import Dataset, Partition
 from fedsim.examples import Examples
 from fedsim.fold import Partial
-from fedsim.guard import refuse, refuse_report
+from fedsim.guard import refuse, refuse_norm, refuse_report
 from fedsim.local import ClientTask, Outcome, Work, correct, run_loop
 from fedsim.optim import learning_rate
 from fedsim.random import generator
@@ -42,14 +42,20 @@ class WorkerSpec:
     evaluation_batch: int = 250
     device: str = "cpu"
     debug: bool = False
+    max_update_norm: float = 0.0  # see fedsim.guard.Policy
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client whose update of a round is not used, and why."""
+    """A client whose update of a round is not used, and why.
+
+    Attributes:
+        stage: ``train`` (its training failed), ``worker`` (so did the worker it ran on), ``reply`` (none came from a
+            real client) or ``update`` (the guard does not believe what came).
+    """
 
     client: int
-    stage: str  # train | update
+    stage: str
     reason: str
     trace: str = ""
 
@@ -179,6 +185,8 @@ class Worker:
         reason = refuse(outcome.shared, order.returned) or refuse_report(report)
         if reason is None and not np.isfinite(mean_loss):
             reason = f"the training loss is {mean_loss}"
+        if reason is None and order.task == "train":
+            reason = refuse_norm(outcome.shared, order.shared, self.spec.max_update_norm)
         if reason is not None:
             result.failures.append(Failure(client, "update", reason))
             return

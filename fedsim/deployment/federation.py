@@ -15,7 +15,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from fedsim.build import Plan
+from fedsim.build import Plan, policy_of
 from fedsim.deployment.jobs import JOB, LOCAL, Job, end_of, sequence
 from fedsim.deployment.link import Incomplete, Link
 from fedsim.deployment.members import Member
@@ -24,7 +24,7 @@ from fedsim.engine import Federation
 from fedsim.errors import FedsimError
 from fedsim.flower import METRICS, order_content, read_reply
 from fedsim.fold import Partial
-from fedsim.guard import refuse, refuse_count, refuse_metrics, refuse_report
+from fedsim.guard import refuse, refuse_count, refuse_metrics, refuse_norm, refuse_odd, refuse_report
 from fedsim.pool import InProcess
 from fedsim.store import ClientStore
 from fedsim.strategy import Replies
@@ -169,8 +169,15 @@ class RemoteFederation(Federation):
         patience: Patience,
         oldest: Callable[[], int],
     ):
-        block = planned.config.simulation.block
-        super().__init__(spec, InProcess(spec), ClientStore(), cohort=planned.cohort, block=block)
+        super().__init__(
+            spec,
+            InProcess(spec),
+            ClientStore(),
+            cohort=planned.cohort,
+            block=planned.config.simulation.block,
+            policy=policy_of(planned.config),
+            needs=planned.strategy.needs,
+        )
         self.link, self.members, self.sizes, self.job = link, members, sizes, job
         self.patience, self.oldest = patience, oldest
         self.round, self.order = 0, -1
@@ -198,15 +205,19 @@ class RemoteFederation(Federation):
         self.failures, self.dropped, self.retried = [], 0, errand.repeated
         believed: dict[int, Reply] = {}
         for client in clients:
-            reason = errand.failed.get(client)
-            if reason is None:
-                reply, dropped, reason = self._believe(errand.answers[client].content, client, order)
+            if client in errand.failed:
+                self.failures.append(Failure(client, "reply", errand.failed[client]))
+                continue
+            reply, dropped, reason = self._believe(errand.answers[client].content, client, order)
             if reason is not None:
                 self.failures.append(Failure(client, "update", reason))
                 continue
             believed[client] = reply
             self.dropped += dropped
-        return self._fold(order, clients, believed)
+        replies = self._fold(order, clients, believed)
+        # In a void round the server's state stays; what real clients keep private is theirs and has moved on.
+        self.void = self.policy.void(len(replies), len(clients), self.needs)
+        return replies
 
     def _believe(self, content: RecordDict, client: int, order: Order) -> tuple[Reply, int, str | None]:
         """(reply, examples dropped, why it is not used)."""
@@ -217,6 +228,8 @@ class RemoteFederation(Federation):
             dropped = int(content[LOCAL]["dropped"])  # type: ignore[index, arg-type]
             reason = refuse(reply.shared, order.returned) or refuse_report(reply.report)
             reason = reason or refuse_count(reply.examples, self.sizes[client][0]) or refuse_metrics(reply.metrics)
+            if reason is None and order.task == "train":
+                reason = refuse_norm(reply.shared, order.shared, self.policy.max_update_norm)
             if reason is None and (number != self.order or partial is not None or dropped < 0):
                 reason = "the reply is not to this order"
             if reason is None and not {"loss", "accuracy", "seen"} <= reply.metrics.keys():
@@ -228,10 +241,9 @@ class RemoteFederation(Federation):
 
     def _fold(self, order: Order, clients: list[int], believed: dict[int, Reply]) -> Replies:
         model_sized = lambda r: {n: v for n, v in r.report.items() if n.startswith(FOLDED)}  # noqa: E731
-        for client in list(believed):
-            if model_sized(believed[client]).keys() != model_sized(believed[min(believed)]).keys():
-                self.failures.append(Failure(client, "update", "its report has other names than the other clients'"))
-                del believed[client]
+        for client, reason in refuse_odd({c: r.report for c, r in believed.items()}).items():
+            self.failures.append(Failure(client, "update", reason))
+            del believed[client]
         singles = [believed[c] for c in clients if c in believed]
         if not order.fold:
             return Replies(singles, [], order.weighting, len(self))
