@@ -75,7 +75,7 @@ class Training(Section):
 
 
 class Algorithm(BaseModel):
-    """The four axes and the server rule; other keys are options of the parts chosen."""
+    """The five axes and the server rule; other keys are options of the parts chosen."""
 
     model_config = ConfigDict(alias_generator=kebab, populate_by_name=True, extra="allow", frozen=True)
     __pydantic_extra__: dict[str, Scalar]
@@ -85,6 +85,7 @@ class Algorithm(BaseModel):
     adapters: str = ""
     pruning: str = ""
     learning_rate: str = ""
+    aggregation: str = ""
 
     @property
     def options(self) -> dict[str, Scalar]:

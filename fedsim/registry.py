@@ -1,4 +1,4 @@
-"""Finds algorithms by name and puts them together: a server rule and four axes, each a small registered function.
+"""Finds algorithms by name and puts them together: a server rule and five axes, each a small registered function.
 
 A part is registered by the file that implements it:
 
@@ -24,13 +24,14 @@ from fedsim.local import ClientTask
 from fedsim.plugin import Plugin
 from fedsim.strategy import Strategy
 
-AXES = ("rule", "normalization", "adapters", "pruning", "learning-rate")
+AXES = ("rule", "normalization", "adapters", "pruning", "learning-rate", "aggregation")
 DEFAULTS = {
     "rule": "fedavg",
     "normalization": "shared",
     "adapters": "none",
     "pruning": "none",
     "learning-rate": "constant",
+    "aggregation": "mean",
 }
 PACKAGES = ("clients", "strategies")
 
@@ -199,7 +200,8 @@ def plugins_of(parts: Mapping[str, Part]) -> tuple[Plugin, ...]:
 
 
 def server_of(parts: Mapping[str, Part], task: ClientTask, config: Config) -> Strategy:
-    """The server half: the rule, wrapped by the learning rate, then by pruning (which must see the final weights).
+    """The server half: the rule, wrapped by the learning rate, then by pruning (which must see the final weights), then
+    by the aggregation (what they all take for the clients' replies).
 
     Raises:
         ConfigError: a part makes no sense with this model or configuration.
@@ -209,7 +211,7 @@ def server_of(parts: Mapping[str, Part], task: ClientTask, config: Config) -> St
         if reason:
             raise ConfigError(f"algorithm.{axis}: {reason}")
     strategy: Strategy | None = None
-    for axis in ("rule", "normalization", "adapters", "learning-rate", "pruning"):
+    for axis in ("rule", "normalization", "adapters", "learning-rate", "pruning", "aggregation"):
         server = parts[axis].server
         if server is not None:
             strategy = server(strategy, task)

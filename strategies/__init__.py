@@ -14,6 +14,7 @@ from strategies.fedtiny import FedTiny
 from strategies.fedwon import FedWon
 from strategies.personal import FedBABU, FedPer, FedRep
 from strategies.prunefl import FedDST, PruneFL
+from strategies.robust import Robust
 from strategies.scaffold import Scaffold
 from strategies.server_rate import FedExP, ServerRate
 from strategies.static_pruning import StaticPruning
@@ -39,6 +40,7 @@ __all__ = [
     "FixBN",
     "LocalOnly",
     "PruneFL",
+    "Robust",
     "Scaffold",
     "ServerRate",
     "SiloBN",

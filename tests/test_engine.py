@@ -12,6 +12,7 @@ from tests.conftest import Small
 
 PUBLIC = {"federation": {"public-per-class": 1}}  # for methods that score weights on the server
 STRATEGIES = [name for name in presets() if name != "centralised"]
+THREE = {name: {"byzantine": 0} for name in ("krum", "multi-krum", "bulyan")}  # of three clients none can be malicious
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_vmap_agrees_with_the_loop(dataset, strategy):
     # Adaptive rules divide by the size of an update; that of a bias before BatchNorm is nothing but rounding error.
     adaptive = strategy in ("fedadam", "fedyogi", "fedadagrad")
     training = {"lr": 0.02, "dtype": "float64" if adaptive else "float32"}
-    sections = {"algorithm": {"strategy": strategy}, "training": training, **PUBLIC}
+    sections = {"algorithm": {"strategy": strategy, **THREE.get(strategy, {})}, "training": training, **PUBLIC}
     agree(*(Small(dataset, **sections, simulation={"executor": e}) for e in ("loop", "vmap")))
 
 
@@ -85,7 +86,7 @@ def agree(loop: Small, vmap: Small, rounds: int = 3, tolerance: float = 1e-4) ->
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_private_tensors_never_appear_in_a_message(dataset, strategy):
-    small = Small(dataset, algorithm={"strategy": strategy}, **PUBLIC)
+    small = Small(dataset, algorithm={"strategy": strategy, **THREE.get(strategy, {})}, **PUBLIC)
     private = small.task.private
     state = small.strategy.init(small.federation.shared)
     for round in (1, 2):

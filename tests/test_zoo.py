@@ -34,7 +34,10 @@ def both(datasets, model: str, strategy: str) -> tuple[Small, Small]:
     shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7))
     sections = {
         "model": {"name": model},
-        "algorithm": {"strategy": strategy},
+        "algorithm": {
+            "strategy": strategy,
+            **({"byzantine": 0} if presets()[strategy].parts.get("aggregation") else {}),
+        },
         "federation": {"public-per-class": 1},  # for methods that score weights on the server
         "training": {"batch-size": 4, "lr": 0.01, "dtype": "float64"},
     }
