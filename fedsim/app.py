@@ -113,7 +113,7 @@ def train(message: Message, context: Context) -> Message:
         context.state[PRIVATE] = to_dense_arrays(client_state.private)
         context.state[MEMORY] = to_dense_arrays(client_state.memory)
     position = int(message.content["fedsim"]["order"])  # type: ignore[index, arg-type]
-    return Message(reply_content(result.replies[0], position, order.masks), reply_to=message)
+    return Message(reply_content(result.replies[0][0], position, order.masks), reply_to=message)
 
 
 @client.evaluate()

@@ -130,7 +130,8 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     device = "cuda" if config.simulation.gpus_per_worker else "cpu"
     asked = config.simulation.executor
     executor = choose_executor(task, device) if asked == "auto" else asked
-    block = config.simulation.block or block_size(executor, cohort)
+    model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())
+    block = config.simulation.block or block_size(executor, cohort, model_bytes)
     simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
     config = config.model_copy(update={"simulation": simulation})
     strategy = server_of(parts, task, config)

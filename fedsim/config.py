@@ -61,6 +61,7 @@ class Training(Section):
     epochs: Count = 1
     steps: Annotated[int, Field(ge=0)] = Field(0, description="local steps a round instead of epochs, if not 0")
     batch_size: Count = 32
+    shuffle: bool = Field(True, description="anew for every epoch; false: the order of the shard")
     last_batch: Literal["keep", "drop"] = "keep"
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: NonNegative = 0.01
@@ -95,7 +96,7 @@ class Algorithm(BaseModel):
 class SimulationSection(Section):
     executor: Literal["auto", "loop", "vmap"] = "auto"
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
-    block: Annotated[int, Field(ge=0)] = Field(0, description="clients a block; 0: by rule on the cohort")
+    block: Annotated[int, Field(ge=0)] = Field(0, description="clients a block; 0: by rule on cohort and model")
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     address: str = Field("", description="address of a running Ray cluster; empty: start one here")
     retries: Annotated[int, Field(ge=0)] = 2

@@ -16,15 +16,20 @@ from fedsim.guard import WELL_FORMED, Policy
 from fedsim.pool import Pool, WorkerLost
 from fedsim.random import generator
 from fedsim.store import ClientStore
-from fedsim.strategy import Replies
+from fedsim.strategy import Replies, Rows
 from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
 from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
 
+VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
+VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
 
-def block_size(executor: str, cohort: int) -> int:
+
+def block_size(executor: str, cohort: int, model_bytes: int) -> int:
     """The default block: vmap wants many clients at once, the loop enough blocks to keep the workers busy."""
-    return min(cohort, 256) if executor == "vmap" else math.ceil(cohort / 16)
+    if executor != "vmap":
+        return math.ceil(cohort / 16)
+    return min(cohort, VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
 
 
 class Federation:
@@ -75,6 +80,11 @@ class Federation:
         """A client's private state; one that was never trained has the initial private tensors."""
         return self.store.get(client) or ClientState(self.private, {})
 
+    def states(self, clients: Sequence[int]) -> list[ClientState]:
+        if self.store.empty:
+            return [ClientState(self.private, {})] * len(clients)
+        return [self.state(client) for client in clients]
+
     def newcomer(self) -> Tensors:
         """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
         (the advice of FedBN's authors for external clients), or the initial ones if none has."""
@@ -89,7 +99,7 @@ class Federation:
         If too few updates can be used, ``self.void`` says so, and the clients keep the private state they had.
         """
         results = self._results(order, clients)
-        replies = [reply for result in results for reply in result.replies]
+        replies = Rows([columns for result in results for columns in result.replies])
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:
             self._keep(order, results)
@@ -110,7 +120,7 @@ class Federation:
     def _results(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         clients = sorted(clients)
         blocks = [clients[i : i + self.block] for i in range(0, len(clients), self.block)]
-        calls = [(block, [self.state(c) for c in block]) for block in blocks]
+        calls = [(block, self.states(block)) for block in blocks]
         results: list[BlockResult] = [BlockResult() for _ in blocks]
         self.failures, self.dropped = [], 0
         for number, result in self.pool.map("train", order, calls):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.data import Dataset
 from fedsim.data.augment import augmentation
+from fedsim.local import Fetch
 from fedsim.random import torch_generator
 
 
@@ -15,17 +18,22 @@ class Examples:
     """Batches of a data set on a device, normalised on the fly."""
 
     def __init__(self, dataset: Dataset, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        self.dataset, self.device, self.dtype = dataset, torch.device(device), dtype
+        self.device, self.dtype = torch.device(device), dtype
         shape = (-1, *(1,) * (len(dataset.shape) - 1))
         # x / 255 - mean, over std, as one multiplication and one addition a pixel
         std = torch.tensor(dataset.std, dtype=dtype, device=self.device).view(shape)
         mean = torch.tensor(dataset.mean, dtype=dtype, device=self.device).view(shape)
         self.scale, self.offset = 1.0 / (255.0 * std), -mean / std
+        # Plain arrays over the mapped memory: np.memmap's own bookkeeping costs more than a small batch.
+        plain = np.asarray
+        self.arrays = {
+            "train": (plain(dataset.x_train), plain(dataset.y_train)),
+            "test": (plain(dataset.x_test), plain(dataset.y_test)),
+        }
 
     def batch(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """x [B, C, H, W] in ``dtype`` (tokens: int64), y [B] int64."""
-        data = self.dataset
-        images, labels = (data.x_train, data.y_train) if split == "train" else (data.x_test, data.y_test)
+        """x [B, C, H, W] in ``dtype`` (tokens: int64), y [B] int64; for indices [k, B] both have k in front."""
+        images, labels = self.arrays[split]
         x = torch.from_numpy(images[indices]).to(self.device)
         y = torch.from_numpy(labels[indices]).to(self.device)
         if x.dtype == torch.uint8:
@@ -34,15 +42,20 @@ class Examples:
             x = x.to(self.dtype)
         return x, y
 
-    def fetcher(self, seed: int, round: int, client: int, augment: str):
-        """A function (indices, step) -> training batch of one client in one round, augmented."""
+    def fetcher(self, seed: int, round: int, augment: str) -> Fetch:
+        """Training batches of clients in one round, augmented with random numbers of each client's own."""
         if augment == "none":
-            return lambda indices, step: self.batch("train", indices)
+            return lambda clients, indices, step: self.batch("train", indices)
         transform = augmentation(augment)
-        generator = torch_generator(seed, round=round, client=client, purpose="augment")
+        draw = lambda client: torch_generator(seed, round=round, client=client, purpose="augment")  # noqa: E731
+        generators: dict[int, torch.Generator] = {}
 
-        def fetch(indices: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
+        def fetch(clients: Sequence[int], indices: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
             x, y = self.batch("train", indices)
-            return transform(x, generator), y
+            for row, client in enumerate(clients):
+                if step == 0 or client not in generators:  # an order that is repeated begins anew
+                    generators[client] = draw(client)
+                x[row] = transform(x[row], generators[client])
+            return x, y
 
         return fetch

@@ -6,7 +6,8 @@ mean has the same bits for any number of workers and any order of arrival.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,13 @@ class Partial:
     @classmethod
     def of(cls, tensors: Tensors, weight: float) -> Partial:
         return cls(tensors, weight, scaled=False)
+
+    @classmethod
+    def of_rows(cls, tensors: Tensors, weights: Sequence[float]) -> Partial:
+        """The sum over the rows of stacked tensors [k, ...], each weighted."""
+        w = torch.tensor(weights, dtype=torch.float64)
+        sums = {n: torch.mv(v.to(torch.float64).reshape(len(w), -1).T, w).view(v.shape[1:]) for n, v in tensors.items()}
+        return cls(sums, math.fsum(weights))
 
     def add(self, tensors: Tensors, weight: float) -> None:
         """Add one client's tensors in place."""

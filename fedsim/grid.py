@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.engine import Federation
 from fedsim.flower import CONFIG, METRICS, read_order, reply_content
+from fedsim.strategy import Rows
 from fedsim.types import Order
 from fedsim.wire import to_dense_arrays, to_tensors
 from fedsim.worker import BlockResult
@@ -109,10 +110,11 @@ class SimulationGrid(Grid):
         return out
 
     def _contents(self, result: BlockResult, order: Order, number: int) -> list[tuple[int, RecordDict]]:
+        replies = Rows(result.replies)
         if number >= 0:
             return [
                 (r.client, reply_content(r, number, order.masks, result.partial if i == 0 else None))
-                for i, r in enumerate(result.replies)
+                for i, r in enumerate(replies)
             ]
         return [
             (
@@ -124,7 +126,7 @@ class SimulationGrid(Grid):
                     }
                 ),
             )
-            for r in result.replies
+            for r in replies
         ]
 
     def _evaluate(self, group: list[Message]) -> list[Message]:

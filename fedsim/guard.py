@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from fedsim.types import FOLDED, Tensors
 
@@ -74,6 +75,16 @@ def refuse(tensors: Tensors, expected: Tensors) -> str | None:
         if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
             return f"'{name}' holds a value that is not finite"
     return None
+
+
+def rows_finite(tensors: Tensors) -> Tensor:
+    """Which rows of stacked tensors [k, ...] hold finite values alone: bool [k], or a true scalar for no tensors."""
+    fine = torch.tensor(True)
+    for value in tensors.values():
+        if value.is_floating_point() and value.numel():
+            low, high = value.flatten(1).aminmax(dim=1) if value.dim() > 1 else (value, value)  # NaN is passed on
+            fine = fine & (torch.isfinite(low) & torch.isfinite(high)).cpu()
+    return fine
 
 
 def refuse_norm(tensors: Tensors, before: Tensors, most: float) -> str | None:

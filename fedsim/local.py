@@ -1,7 +1,7 @@
 """One client's local work, closed over a model skeleton and the plug-ins, and the loop that runs it client by client.
 
 ``ClientTask`` says what happens at a step; executors (this loop, ``fedsim.vectorized``) say how it is mapped over
-the clients of a block. Both yield ``Outcome`` objects in client order.
+the clients of a block. Both yield ``Outcomes`` in client order: the loop of one client each, vmap of many.
 """
 
 from __future__ import annotations
@@ -14,36 +14,73 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsim.batches import BatchPlan
 from fedsim.models.norm import classify
 from fedsim.optim import Optimizer
 from fedsim.plugin import Plugin
 from fedsim.stepping import WholeGradients, stepper
 from fedsim.types import ClientState, Order, Tensors, View
 
-Fetch = Callable[[np.ndarray, int], tuple[Tensor, Tensor]]  # (indices, step) -> inputs, labels
+# (clients, the examples of each at a step [k, B], number of the step) -> inputs [k, B, ...], labels [k, B, ...]
+Fetch = Callable[[Sequence[int], np.ndarray, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one client does for one order: its private state and the examples of each step."""
+class Block:
+    """What the clients of a block do for one order.
 
-    client: int
-    state: ClientState
-    plan: Sequence[np.ndarray]
-    fetch: Fetch
+    Attributes:
+        clients: ascending.
+        states: their private state.
+        plans: (positions in ``clients`` [k], their steps); every position is in one of them.
+    """
+
+    clients: list[int]
+    states: Sequence[ClientState]
+    plans: Sequence[tuple[np.ndarray, BatchPlan]]
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def take(self, positions: Sequence[int]) -> Block:
+        """The part of the block with the clients at ascending ``positions``."""
+        plans = []
+        for places, plan in self.plans:
+            kept = np.isin(places, positions)
+            if kept.any():
+                plans.append((np.searchsorted(positions, places[kept]), BatchPlan(plan.order[kept], plan.layout)))
+        return Block([self.clients[p] for p in positions], [self.states[p] for p in positions], plans)
 
 
 @dataclass
-class Outcome:
-    """What one client ends with. Tensors may be buffers of the executor: use them before asking for the next."""
+class Outcomes:
+    """What k clients end with, in columns: each tensor is [k, ...].
 
-    client: int
+    Tensors may be buffers of the executor: use them before asking for the next.
+    """
+
+    clients: list[int]
     shared: Tensors
-    state: ClientState
+    private: Tensors
+    memory: Tensors
     report: Tensors
-    loss: float  # summed over the examples seen
-    correct: float
-    seen: int
+    loss: Tensor  # float64 [k], summed over the examples seen
+    correct: Tensor  # [k]
+    seen: list[int]
+
+    def one(self, row: int) -> Outcomes:
+        """The outcome of one client, as columns of length 1."""
+        cut = lambda tree: {n: v[row : row + 1] for n, v in tree.items()}  # noqa: E731
+        return Outcomes(
+            [self.clients[row]],
+            cut(self.shared),
+            cut(self.private),
+            cut(self.memory),
+            cut(self.report),
+            self.loss[row : row + 1],
+            self.correct[row : row + 1],
+            [self.seen[row]],
+        )
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -89,6 +126,10 @@ class ClientTask:
         return shared, {n: v for n, v in state.items() if n in self.private}
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def smallest_batch(self) -> int:
         """BatchNorm over vectors refuses a training batch of one example, and over images learns nothing from it."""
         norms = (nn.modules.batchnorm._BatchNorm,)
@@ -122,7 +163,7 @@ class ClientTask:
         return report, memory
 
 
-def run_loop(task: ClientTask, order: Order, block: Sequence[Work], lr: float) -> Iterator[Outcome]:
+def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fetch) -> Iterator[Outcomes]:
     """Client after client in the skeleton's own parameters: nothing of the model's size is allocated per client.
 
     An outcome's tensors are the skeleton's: they hold until the next client starts.
@@ -131,39 +172,51 @@ def run_loop(task: ClientTask, order: Order, block: Sequence[Work], lr: float) -
     model = task.model
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     stepping = stepper(task.plugins, task.optimizer, {n: named[n] for n in task.trainable})
+    plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     try:
-        for work in block:
+        for position, (client, state) in enumerate(zip(block.clients, block.states)):
             with torch.no_grad():
-                for name, value in {**order.shared, **work.state.private}.items():
+                for name, value in {**order.shared, **state.private}.items():
                     named[name].copy_(value)
-            yield _train_one(task, order, work, stepping, lr)
+            yield _train_one(task, order, client, state.memory, plans[position], stepping, lr, fetch)
     finally:
         stepping.close()
 
 
-def _train_one(task: ClientTask, order: Order, work: Work, stepping: WholeGradients, lr: float) -> Outcome:
-    memory, params, steps = work.state.memory, stepping.params, len(work.plan)
+def _train_one(
+    task: ClientTask,
+    order: Order,
+    client: int,
+    memory: Tensors,
+    plan: BatchPlan,
+    stepping: WholeGradients,
+    lr: float,
+    fetch: Fetch,
+) -> Outcomes:
+    params, steps = stepping.params, len(plan)
     view = View(order, memory, lr, float(steps))
     stepping.start(view)
-    loss_sum, hits, seen = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0
-    for step, indices in enumerate(work.plan):
-        x, y = work.fetch(indices, step)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=task.device)
+    hits = torch.zeros((), device=task.device)
+    for step in range(steps):
+        (x,), (y,) = fetch([client], plan[step], step)
         with torch.set_grad_enabled(order.task == "train"):
             loss, right = task.objective(task.model(x), y, params, order, memory)
         if order.task == "train":
             stepping.step(loss, replace(view, last=step + 1 == steps), step)
         loss_sum += loss.detach() * len(y)
         hits += right
-        seen += len(y)
     with torch.no_grad():
         report, memory = task.finish(params, stepping.states, view)
     current = task.model.state_dict()
-    return Outcome(
-        client=work.client,
-        shared={n: current[n].detach() for n in order.returned},
-        state=ClientState({n: current[n].detach().clone() for n in sorted(task.private)}, memory),
-        report=report,
-        loss=float(loss_sum),
-        correct=float(hits),
-        seen=seen,
+    row = lambda tree: {n: v.detach().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
+    return Outcomes(
+        clients=[client],
+        shared=row({n: current[n] for n in order.returned}),
+        private=row({n: current[n] for n in sorted(task.private)}),
+        memory=row(memory),
+        report=row(report),
+        loss=loss_sum.reshape(1),
+        correct=hits.reshape(1),
+        seen=[plan.seen],
     )

@@ -10,7 +10,7 @@ from fedsim.batches import batch_plan
 from fedsim.config import Training
 from fedsim.errors import ConfigError
 from fedsim.examples import Examples
-from fedsim.local import ClientTask, Work, run_loop
+from fedsim.local import Block, ClientTask, run_loop
 from fedsim.types import ClientState, Order
 
 SERVER = -1  # its client number
@@ -25,17 +25,19 @@ def pretrain(task: ClientTask, examples: Examples, indices: np.ndarray, training
         ConfigError: training diverged.
     """
     plain = ClientTask(task.model, (), task.optimizer)
-    plan, _ = batch_plan(
-        indices,
+    plan = batch_plan(
+        indices[None],
+        [SERVER],
         batch_size=training.batch_size,
         epochs=training.pretrain_epochs,
         smallest=plain.smallest_batch,
         seed=seed,
-        client=SERVER,
     )
-    work = Work(SERVER, ClientState(), plan, examples.fetcher(seed, 0, SERVER, training.augment))
-    for outcome in run_loop(plain, Order(0, plain.initial()[0]), [work], training.lr):
-        if not math.isfinite(outcome.loss):
+    block = Block([SERVER], [ClientState()], [(np.array([0]), plan)])
+    fetch = examples.fetcher(seed, 0, training.augment)
+    for outcome in run_loop(plain, Order(0, plain.initial()[0]), block, training.lr, fetch):
+        loss = float(outcome.loss)
+        if not math.isfinite(loss):
             raise ConfigError(
-                f"training.pretrain-epochs: the loss on the server's examples is {outcome.loss}; lower training.lr"
+                f"training.pretrain-epochs: the loss on the server's examples is {loss}; lower training.lr"
             )

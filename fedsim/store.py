@@ -35,6 +35,7 @@ class ClientStore:
         self.recent: dict[int, tuple[int, ClientState]] = {}
         self.dirty: set[int] = set()
         self.bytes = 0
+        self.empty = self.db.execute("SELECT 1 FROM states LIMIT 1").fetchone() is None
 
     def get(self, client: int) -> ClientState | None:
         """The newest state of a client, or None if it was never trained.
@@ -42,6 +43,8 @@ class ClientStore:
         Raises:
             DataError: the stored bytes are damaged.
         """
+        if self.empty:
+            return None
         if client in self.recent:
             return self.recent[client][1]
         row = self.db.execute(
@@ -63,6 +66,7 @@ class ClientStore:
             return
         self.bytes += _size(state) - (_size(self.recent[client][1]) if client in self.recent else 0)
         self.recent[client] = (round, state)
+        self.empty = False
         self.dirty.add(client)
         if self.bytes > self.budget:
             self.flush()

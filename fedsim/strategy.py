@@ -7,9 +7,10 @@ any Flower Grid.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from itertools import chain, islice
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,26 @@ from fedsim.flops import masked_flops, training_memory
 from fedsim.flower import FlowerMethods
 from fedsim.fold import Partial, mean, merge
 from fedsim.plugin import Plugin
-from fedsim.types import FOLDED, Order, Reply, Tensors
+from fedsim.types import FOLDED, Order, Reply, ReplyColumns, Tensors
 
 SERVER = "@"  # prefix of the state entries that never leave the server
+
+
+class Rows(Sequence[Reply]):
+    """The replies of several blocks as one sequence."""
+
+    def __init__(self, blocks: Sequence[ReplyColumns]):
+        self.blocks = blocks
+        self._length = sum(map(len, blocks))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Reply]:
+        return chain.from_iterable(self.blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return next(islice(self, index, None)) if isinstance(index, int) and index >= 0 else list(self)[index]
 
 
 @dataclass(frozen=True)

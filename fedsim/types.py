@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -54,6 +55,28 @@ class Reply:
     shared: Tensors
     report: Tensors = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReplyColumns(Sequence[Reply]):
+    """The replies of k clients in columns, tensors [k, ...]: a thousand small clients are no thousand objects. As a
+    sequence it makes the single replies when they are asked for."""
+
+    clients: list[int]
+    examples: list[int]
+    shared: Tensors
+    report: Tensors
+    metrics: Mapping[str, list[float]]
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        cut = lambda tree: {n: v[row] for n, v in tree.items()}  # noqa: E731
+        metrics = {n: values[row] for n, values in self.metrics.items()}
+        return Reply(self.clients[row], self.examples[row], cut(self.shared), cut(self.report), metrics)
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
-from fedsim.local import ClientTask, Outcome, Work
+from fedsim.local import Block, ClientTask, Fetch, Outcomes
 from fedsim.optim import Moments
 from fedsim.plugin import Plugin
 from fedsim.stepping import project, transform
-from fedsim.types import ClientState, Order, Tensors, View
+from fedsim.types import Order, Tensors, View
 
 
 @dataclass
-class _Block:
+class _Stack:
     """Everything of K clients, stacked: each tensor is [K, ...]."""
 
     params: Tensors
@@ -32,10 +33,10 @@ class _Block:
     states: list[Tensors]
     moments: Moments
 
-    def take(self, rows: Tensor) -> _Block:
+    def take(self, rows: Tensor) -> _Stack:
         pick = lambda tree: {n: v.index_select(0, rows) for n, v in tree.items()}  # noqa: E731
         moments = {m: [v.index_select(0, rows) for v in vs] for m, vs in self.moments.items()}
-        return _Block(
+        return _Stack(
             pick(self.params),
             pick(self.buffers),
             pick(self.memory),
@@ -44,7 +45,7 @@ class _Block:
             moments,
         )
 
-    def put(self, rows: Tensor, part: _Block) -> None:
+    def put(self, rows: Tensor, part: _Stack) -> None:
         trees = [(self.params, part.params), (self.buffers, part.buffers), *zip(self.states, part.states)]
         for mine, theirs in trees:
             for name, value in theirs.items():
@@ -54,7 +55,7 @@ class _Block:
                 mine_v.index_copy_(0, rows, value)
 
 
-def stack(trees: Sequence[Tensors]) -> Tensors:
+def stacked(trees: Sequence[Tensors]) -> Tensors:
     """K dicts of [...] -> one dict of [K, ...].
 
     Raises:
@@ -63,74 +64,95 @@ def stack(trees: Sequence[Tensors]) -> Tensors:
     return {n: torch.stack([t[n] for t in trees]) for n in trees[0]}
 
 
-def run_vmap(task: ClientTask, order: Order, block: Sequence[Work], lr: float) -> Iterator[Outcome]:
+def run_vmap(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fetch) -> Iterator[Outcomes]:
     """Same contract as ``fedsim.local.run_loop``.
 
-    Clients whose plug-in memory has other names (one that trains for the first time has none) form blocks of
+    Clients whose plug-in memory has other names (one that trains for the first time has none) form stacks of
     their own, since a stacked tensor needs every client.
     """
     task.begin(order)
-    outcomes: dict[int, Outcome] = {}
-    alike: dict[tuple[str, ...], list[Work]] = {}
-    for work in block:
-        alike.setdefault(tuple(sorted(work.state.memory)), []).append(work)
-    for group in alike.values():
-        for outcome in _run_alike(task, order, group, lr):
-            outcomes[outcome.client] = outcome
-    yield from (outcomes[work.client] for work in block)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for position, state in enumerate(block.states):
+        alike.setdefault(tuple(sorted(state.memory)), []).append(position)
+    if len(alike) == 1:
+        yield _run_alike(task, order, block, lr, fetch)
+        return
+    parts = [_run_alike(task, order, block.take(positions), lr, fetch) for positions in alike.values()]
+    rows = {client: (part, row) for part in parts for row, client in enumerate(part.clients)}
+    for client in block.clients:
+        part, row = rows[client]
+        yield part.one(row)
 
 
-def _start(task: ClientTask, order: Order, group: Sequence[Work], lr: float) -> _Block:
-    k = len(group)
-    private, memory = stack([w.state.private for w in group]), stack([w.state.memory for w in group])
+def _start(task: ClientTask, order: Order, block: Block, lr: float) -> _Stack:
+    k = len(block)
+    private, memory = stacked([s.private for s in block.states]), stacked([s.memory for s in block.states])
     # Normalization writes its buffers in place, so every state tensor is batched, shared ones too.
     shared = {n: v.expand(k, *v.shape).clone() for n, v in order.shared.items()}
     state = {**shared, **private}
     params = {n: state.pop(n) for n in task.trainable}
-    steps = torch.tensor([float(len(w.plan)) for w in group])
+    steps = torch.empty(k)
+    for positions, plan in block.plans:
+        steps[positions] = float(len(plan))
+    steps = steps.to(task.device)
     begin = lambda p, m, k: [plugin.start(p, View(order, m, lr, k)) for plugin in task.plugins]  # noqa: E731
-    states = vmap(begin)(params, memory, steps)
+    states = vmap(begin)(params, memory, steps) if task.plugins else []
     states = [{n: v.clone() for n, v in s.items()} for s in states]
-    return _Block(params, state, memory, steps, states, task.optimizer.init(params))
+    return _Stack(params, state, memory, steps, states, task.optimizer.init(params))
 
 
-def _run_alike(task: ClientTask, order: Order, group: Sequence[Work], lr: float) -> Iterator[Outcome]:
-    carry = _start(task, order, group, lr)
-    k = len(group)
-    loss, right = torch.zeros(k, dtype=torch.float64), torch.zeros(k)
-    seen = [0] * k
-    for step in range(max((len(w.plan) for w in group), default=0)):
-        alike: dict[tuple[int, bool], list[int]] = {}
-        for i, work in enumerate(group):
-            if step < len(work.plan):
-                alike.setdefault((len(work.plan[step]), step + 1 == len(work.plan)), []).append(i)
-        for (size, last), members in alike.items():
-            fetched = [group[i].fetch(group[i].plan[step], step) for i in members]
-            x, y = torch.stack([x for x, _ in fetched]), torch.stack([y for _, y in fetched])  # [k, B, ...]
-            rows = torch.tensor(members)
-            part = carry if len(members) == k else carry.take(rows)
-            part_loss, part_right = _step(task, order, part, x, y, lr, step, last)
-            if part is not carry:
-                carry.put(rows, part)
-            loss.index_add_(0, rows, part_loss.double() * size)
-            right.index_add_(0, rows, part_right)
-            for i in members:
-                seen[i] += size
-    end = lambda p, s, m, k: task.finish(p, s, View(order, m, lr, k))  # noqa: E731
-    report, memory = vmap(end)(carry.params, carry.states, carry.memory, carry.steps)
-    row = lambda tree, i: {n: v[i] for n, v in tree.items()}  # noqa: E731
-    for i, work in enumerate(group):
-        state = row({**carry.params, **carry.buffers}, i)
-        private = {n: state[n].clone() for n in sorted(task.private)}
-        kept = {n: v.clone() for n, v in row(memory, i).items()}
-        shared, told = {n: state[n] for n in order.returned}, row(report, i)
-        yield Outcome(work.client, shared, ClientState(private, kept), told, float(loss[i]), float(right[i]), seen[i])
+def _run_alike(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fetch) -> Outcomes:
+    carry = _start(task, order, block, lr)
+    k = len(block)
+    loss, right = torch.zeros(k, dtype=torch.float64, device=task.device), torch.zeros(k, device=task.device)
+    for step, rows, indices, last in _schedule(block):
+        x, y = fetch([block.clients[row] for row in rows], indices, step)  # [k, B, ...]
+        chosen = torch.as_tensor(rows, device=task.device)
+        part = carry if len(rows) == k else carry.take(chosen)
+        part_loss, part_right = _step(task, order, part, x, y, lr, step, last)
+        if part is not carry:
+            carry.put(chosen, part)
+        loss.index_add_(0, chosen, part_loss.double() * indices.shape[1])
+        right.index_add_(0, chosen, part_right)
+    report: Tensors = {}
+    memory = carry.memory
+    if task.plugins:
+        end = lambda p, s, m, k: task.finish(p, s, View(order, m, lr, k))  # noqa: E731
+        report, memory = vmap(end)(carry.params, carry.states, carry.memory, carry.steps)
+    state = {**carry.params, **carry.buffers}
+    seen = np.empty(k, np.int64)
+    for positions, plan in block.plans:
+        seen[positions] = plan.seen
+    return Outcomes(
+        clients=block.clients,
+        shared={n: state[n] for n in order.returned},
+        private={n: state[n] for n in sorted(task.private)},
+        memory=memory,
+        report=report,
+        loss=loss,
+        correct=right,
+        seen=seen.tolist(),
+    )
+
+
+def _schedule(block: Block) -> Iterator[tuple[int, np.ndarray, np.ndarray, bool]]:
+    """(step, positions of the clients that are alike at it, their examples [k, B], whether it is their last step)."""
+    for step in range(max(len(plan) for _, plan in block.plans)):
+        alike: dict[tuple[int, bool], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for positions, plan in block.plans:
+            if step < len(plan):
+                indices = plan[step]
+                alike.setdefault((indices.shape[1], step + 1 == len(plan)), []).append((positions, indices))
+        for (_, last), members in alike.items():
+            positions, indices = (np.concatenate(column) for column in zip(*members))
+            ascending = np.argsort(positions)
+            yield step, positions[ascending], indices[ascending], last
 
 
 def _step(
-    task: ClientTask, order: Order, block: _Block, x: Tensor, y: Tensor, lr: float, step: int, last: bool
+    task: ClientTask, order: Order, stack: _Stack, x: Tensor, y: Tensor, lr: float, step: int, last: bool
 ) -> tuple[Tensor, Tensor]:
-    """One local step of every client of ``block``, which is updated. x [K, B, ...], y [K, B] -> [K], [K]."""
+    """One local step of every client of ``stack``, which is updated. x [K, B, ...], y [K, B] -> [K], [K]."""
 
     def forward(params: Tensors, buffers: Tensors, memory: Tensors, x: Tensor, y: Tensor):
         buffers = {n: v.clone() for n, v in buffers.items()}  # written in place by normalization layers
@@ -155,12 +177,12 @@ def _step(
         return grads, states, buffers, loss, right
 
     with torch.set_grad_enabled(order.task == "train"):
-        grads, block.states, block.buffers, loss, right = vmap(one, randomness="different")(
-            block.params, block.buffers, block.memory, block.steps, block.states, x, y
+        grads, stack.states, stack.buffers, loss, right = vmap(one, randomness="different")(
+            stack.params, stack.buffers, stack.memory, stack.steps, stack.states, x, y
         )
     if order.task == "train":
-        task.optimizer.step(block.params, grads, block.moments, lr, step)
+        task.optimizer.step(stack.params, grads, stack.moments, lr, step)
         if any(type(p).project is not Plugin.project for p in task.plugins):
             onto = lambda p, m: dict(project(task.plugins, p, View(order, m, lr)))  # noqa: E731
-            block.params = vmap(onto)(block.params, block.memory)
+            stack.params = vmap(onto)(stack.params, stack.memory)
     return loss.detach(), right

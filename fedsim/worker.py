@@ -4,27 +4,30 @@ a Ray actor, so that where it runs cannot change a number."""
 from __future__ import annotations
 
 import copy
+import gc
+import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fedsim.batches import batch_plan
+from fedsim.batches import BatchPlan, batch_plan
 from fedsim.config import Training
 from fedsim.data import Dataset, Partition
 from fedsim.examples import Examples
-from fedsim.fold import Partial
-from fedsim.guard import refuse, refuse_norm, refuse_report
-from fedsim.local import ClientTask, Outcome, Work, correct, run_loop
+from fedsim.fold import Partial, merge
+from fedsim.guard import refuse, refuse_norm, refuse_report, rows_finite
+from fedsim.local import Block, ClientTask, Fetch, Outcomes, correct, run_loop
 from fedsim.optim import learning_rate
 from fedsim.random import generator
-from fedsim.types import FOLDED, ClientState, Order, Reply, Tensors
+from fedsim.types import FOLDED, ClientState, Order, ReplyColumns, Tensors
 from fedsim.vectorized import run_vmap
 
-Executor = Callable[[ClientTask, Order, Sequence[Work], float], Iterator[Outcome]]
+Executor = Callable[[ClientTask, Order, Block, float, Fetch], Iterator[Outcomes]]
 EXECUTORS: dict[str, Executor] = {"loop": run_loop, "vmap": run_vmap}
 
 
@@ -64,7 +67,7 @@ class Failure:
 class BlockResult:
     """One block's part of a round, in client order; ``partial`` holds the tensors if the order asked to fold."""
 
-    replies: list[Reply] = field(default_factory=list)
+    replies: list[ReplyColumns] = field(default_factory=list)
     states: dict[int, ClientState] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     partial: Partial | None = None
@@ -96,6 +99,7 @@ class Score:
 
 class Worker:
     def __init__(self, spec: WorkerSpec):
+        gc.freeze()  # what is loaded by now stays: not to be looked through again with every thousand small objects
         torch.set_num_threads(1)  # sums over threads would make the bits depend on their number
         # The skeleton is written to, and what came through Ray's object store is memory shared by all workers.
         self.task = copy.deepcopy(spec.task)
@@ -107,39 +111,40 @@ class Worker:
     def examples_of(self, order: Order, client: int) -> np.ndarray:
         """What a client looks at for an order: its shard, or for tasks without training a development set, the share
         ``dev-fraction`` of the shard that stays the same in all rounds."""
-        shard = self.spec.shards[client]
-        if order.task == "train":
-            return shard
-        count = max(1, round(len(shard) * order.scalars.get("dev-fraction", 1.0)))
-        chosen = generator(self.spec.seed, client=client, purpose="client").permutation(len(shard))[:count]
-        return shard[np.sort(chosen)]
+        return self._chosen(order, [client], self.spec.shards[client][None])[0]
 
-    def _plan(self, order: Order, client: int, smallest: int) -> tuple[list[np.ndarray], int]:
-        shard, training, seed = self.examples_of(order, client), self.spec.training, self.spec.seed
+    def _chosen(self, order: Order, clients: Sequence[int], shards: np.ndarray) -> np.ndarray:
         if order.task == "train":
-            return batch_plan(
-                shard,
-                batch_size=training.batch_size,
-                epochs=training.epochs,
-                steps=training.steps,
-                last=training.last_batch,
-                smallest=smallest,
-                seed=seed,
-                round=order.round,
-                client=client,
-            )
+            return shards
+        size = shards.shape[1]
+        count = max(1, round(size * order.scalars.get("dev-fraction", 1.0)))
+        rows = []
+        for client, shard in zip(clients, shards):
+            chosen = generator(self.spec.seed, client=client, purpose="client").permutation(size)[:count]
+            rows.append(shard[np.sort(chosen)])
+        return np.stack(rows)
+
+    def _plan(self, order: Order, clients: Sequence[int], shards: np.ndarray) -> BatchPlan:
+        """The steps of clients with shards [k, n] of one size."""
+        training, smallest = self.spec.training, self.task.smallest_batch
+        examples = self._chosen(order, clients, shards)
+        common: dict[str, Any] = {"smallest": smallest, "seed": self.spec.seed, "round": order.round}
+        if order.task != "train":
+            passes = int(order.scalars.get("passes", 1))
+            return batch_plan(examples, clients, batch_size=training.batch_size, epochs=passes, **common)
         return batch_plan(
-            shard,
+            examples,
+            clients,
             batch_size=training.batch_size,
-            epochs=int(order.scalars.get("passes", 1)),
-            smallest=smallest,
-            seed=seed,
-            round=order.round,
-            client=client,
+            epochs=training.epochs,
+            steps=training.steps,
+            shuffle=training.shuffle,
+            last=training.last_batch,
+            **common,
         )
 
     def _on_device(self, tensors: Tensors) -> Tensors:
-        return {n: v.to(self.device) for n, v in tensors.items()} if self.device.type != "cpu" else tensors
+        return tensors if self.device.type == "cpu" else {n: v.to(self.device) for n, v in tensors.items()}
 
     def train(self, order: Order, clients: Sequence[int], states: Sequence[ClientState]) -> BlockResult:
         """Carry out an order for a block of clients (ascending numbers), each with its private state."""
@@ -151,66 +156,115 @@ class Worker:
         put = self._on_device
         order = replace(order, shared=put(order.shared), extra=put(order.extra), masks=put(order.masks))
         self.task.begin(order)
-        smallest = self.task.smallest_batch
-        block = []
-        for client, state in zip(clients, states):
-            plan, dropped = self._plan(order, client, smallest)
-            result.dropped += dropped
-            if not plan:
-                reason = f"{len(spec.shards[client])} examples make no batch of at least {smallest}"
-                result.failures.append(Failure(client, "train", reason))
-                continue
-            fetch = self.examples.fetcher(spec.seed, order.round, client, spec.training.augment)
-            state = ClientState(self._on_device(state.private), self._on_device(state.memory))
-            block.append(Work(client, state, plan, fetch))
-        for group in [[w] for w in block] if spec.executor == "loop" else [block] if block else []:
+        block = self._block(order, clients, states, result)
+        fetch = self.examples.fetcher(spec.seed, order.round, spec.training.augment)
+        # One client that fails must not end the others: the loop is given them one at a time.
+        parts = [block] if spec.executor == "vmap" else [block.take([p]) for p in range(len(block))]
+        for part in parts if block.clients else []:
             try:
-                for outcome in EXECUTORS[spec.executor](self.task, order, group, float(lr)):
-                    self._accept(order, outcome, result)
+                for outcomes in EXECUTORS[spec.executor](self.task, order, part, float(lr), fetch):
+                    self._accept(order, outcomes, result)
             except Exception as error:
                 if spec.debug:
                     raise
                 reason = f"{type(error).__name__}: {error}"
-                done = {r.client for r in result.replies} | {f.client for f in result.failures}
+                done = {c for r in result.replies for c in r.clients} | {f.client for f in result.failures}
                 result.failures += [
-                    Failure(w.client, "train", reason, traceback.format_exc()) for w in group if w.client not in done
+                    Failure(client, "train", reason, traceback.format_exc())
+                    for client in part.clients
+                    if client not in done
                 ]
         return result
 
-    def _accept(self, order: Order, outcome: Outcome, result: BlockResult) -> None:
-        client = outcome.client
-        mean_loss = outcome.loss / max(outcome.seen, 1)
-        report = {n: v.detach().cpu().clone() for n, v in outcome.report.items()}
-        folded = {n: v for n, v in report.items() if n.startswith(FOLDED)}
-        reason = refuse(outcome.shared, order.returned) or refuse_report(report)
-        if reason is None and not np.isfinite(mean_loss):
-            reason = f"the training loss is {mean_loss}"
-        if reason is None and order.task == "train":
-            reason = refuse_norm(outcome.shared, order.shared, self.spec.max_update_norm)
-        if reason is not None:
-            result.failures.append(Failure(client, "update", reason))
+    def _block(self, order: Order, clients: Sequence[int], states: Sequence[ClientState], result: BlockResult) -> Block:
+        plans, idle = [], set[int]()
+        for positions, shards in self.spec.shards.by_size(clients):
+            plan = self._plan(order, [clients[p] for p in positions], shards)
+            result.dropped += plan.layout.dropped * len(positions)
+            if plan:
+                plans.append((positions, plan))
+                continue
+            reason = f"{shards.shape[1]} examples make no batch of at least {self.task.smallest_batch}"
+            result.failures += [Failure(clients[p], "train", reason) for p in positions]
+            idle |= set(positions.tolist())
+        if self.device.type != "cpu":
+            put = self._on_device
+            states = [ClientState(put(state.private), put(state.memory)) for state in states]
+        block = Block(list(clients), states, plans)
+        return block.take([p for p in range(len(clients)) if p not in idle]) if idle else block
+
+    def _refusals(self, order: Order, outcomes: Outcomes, report: Tensors) -> dict[int, str]:
+        """row -> why that client's update is not believed."""
+        loss = outcomes.loss
+        bound = self.spec.max_update_norm if order.task == "train" else 0.0
+        if not bound and refuse({n: v[0] for n, v in outcomes.shared.items()}, order.returned) is None:
+            fine = rows_finite(outcomes.shared) & rows_finite(report) & torch.isfinite(loss).cpu()
+            if bool(fine.all()):
+                return {}
+        found = {}
+        for row, seen in enumerate(outcomes.seen):
+            shared = {n: v[row] for n, v in outcomes.shared.items()}
+            reason = refuse(shared, order.returned) or refuse_report({n: v[row] for n, v in report.items()})
+            if reason is None and not math.isfinite(mean := float(loss[row]) / max(seen, 1)):
+                reason = f"the training loss is {mean}"
+            if reason is None:
+                reason = refuse_norm(shared, order.shared, bound)
+            if reason is not None:
+                found[row] = reason
+        return found
+
+    def _accept(self, order: Order, outcomes: Outcomes, result: BlockResult) -> None:
+        """Take the outcomes that can be believed into ``result``."""
+        report = {n: v.detach().cpu() for n, v in outcomes.report.items()}
+        refused = self._refusals(order, outcomes, report)
+        result.failures += [Failure(outcomes.clients[row], "update", reason) for row, reason in refused.items()]
+        rows = [row for row in range(len(outcomes.clients)) if row not in refused]
+        if not rows:
             return
-        examples = len(self.examples_of(order, client))
-        shared = {n: v.cpu() for n, v in outcome.shared.items()}
-        weight = float(examples) if order.weighting == "examples" else 1.0
+        pick = lambda tree: {n: v[rows] for n, v in tree.items()} if refused else tree  # noqa: E731
+        shared, report, private, memory = map(pick, (outcomes.shared, report, outcomes.private, outcomes.memory))
+        clients = [outcomes.clients[row] for row in rows]
+        examples = self._counts(order, clients)
         single: Tensors = {}
-        if not order.fold:
-            single = {n: v.clone() for n, v in shared.items()}
-        else:
+        if order.fold:
+            folded = {n: v for n, v in report.items() if n.startswith(FOLDED)}
             report = {n: v for n, v in report.items() if n not in folded}
-            if result.partial is None:
-                result.partial = Partial.of({n: v.clone() for n, v in shared.items()} | folded, weight)
-            else:
-                result.partial.add(shared | folded, weight)
+            weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
+            self._fold(result, {n: v.cpu() for n, v in (shared | folded).items()}, weights)
+        else:
+            single = {n: v.cpu() for n, v in shared.items()}
+        seen = [max(outcomes.seen[row], 1) for row in rows]
+        per_example = lambda sums: [total / n for total, n in zip(sums[rows].tolist(), seen)]  # noqa: E731
         metrics = {
-            "loss": mean_loss,
-            "accuracy": outcome.correct / max(outcome.seen, 1),
-            "seen": float(outcome.seen),
+            "loss": per_example(outcomes.loss),
+            "accuracy": per_example(outcomes.correct),
+            "seen": [float(outcomes.seen[row]) for row in rows],
         }
-        result.replies.append(Reply(client, examples, single, report, metrics))
-        to_cpu = lambda tree: {n: v.cpu() for n, v in tree.items()}  # noqa: E731
-        if order.task != "score":
-            result.states[client] = ClientState(to_cpu(outcome.state.private), to_cpu(outcome.state.memory))
+        keep = lambda tree: {n: v.clone() for n, v in tree.items()}  # noqa: E731 (the loop's tensors are its own)
+        result.replies.append(ReplyColumns(clients, examples, keep(single), keep(report), metrics))
+        if order.task != "score" and (private or memory):
+            private, memory = ({n: v.cpu() for n, v in tree.items()} for tree in (private, memory))
+            one = lambda tree, k: {n: v[k].clone() for n, v in tree.items()}  # noqa: E731
+            result.states |= {c: ClientState(one(private, k), one(memory, k)) for k, c in enumerate(clients)}
+
+    def _counts(self, order: Order, clients: list[int]) -> list[int]:
+        """Number of examples of each client for an order."""
+        if order.task != "train":
+            return [len(self.examples_of(order, client)) for client in clients]
+        offsets, chosen = self.spec.shards.offsets, np.asarray(clients)
+        return (offsets[chosen + 1] - offsets[chosen]).tolist()
+
+    @staticmethod
+    def _fold(result: BlockResult, tensors: Tensors, weights: list[float]) -> None:
+        if len(weights) > 1:
+            partial = Partial.of_rows(tensors, weights)
+            result.partial = partial if result.partial is None else merge([result.partial, partial])
+            return
+        tensors = {n: v[0] for n, v in tensors.items()}
+        if result.partial is None:
+            result.partial = Partial.of({n: v.clone() for n, v in tensors.items()}, weights[0])
+        else:
+            result.partial.add(tensors, weights[0])
 
     @torch.no_grad()
     def evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:

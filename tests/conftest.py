@@ -100,7 +100,7 @@ class Small:
             executor,
             debug=True,
         )
-        size = self.config.simulation.block or block_size(executor, len(self.shards))
+        size = self.config.simulation.block or block_size(executor, len(self.shards), 1 << 20)
         self.federation = Federation(
             self.spec, (pool or InProcess)(self.spec), ClientStore(), cohort=len(self.shards), block=size
         )

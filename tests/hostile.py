@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedsim.local import Outcome
+from fedsim.local import Outcomes
 from fedsim.types import Tensors
 from fedsim.worker import EXECUTORS
 
@@ -28,10 +28,14 @@ def hand_over(monkeypatch: pytest.MonkeyPatch, client: int, spoil: Spoil, rounds
     For federations in this process."""
 
     def wrap(executor: Callable) -> Callable:
-        def run(task, order, block, lr) -> Iterator[Outcome]:
-            for outcome in executor(task, order, block, lr):
-                hostile = outcome.client == client and (rounds is None or order.round in rounds)
-                yield replace(outcome, shared=spoil(outcome.shared)) if hostile else outcome
+        def run(task, order, block, lr, fetch) -> Iterator[Outcomes]:
+            for outcomes in executor(task, order, block, lr, fetch):
+                for row, number in enumerate(outcomes.clients):
+                    one = outcomes.one(row)
+                    if number == client and (rounds is None or order.round in rounds):
+                        spoilt = spoil({n: v[0] for n, v in one.shared.items()})
+                        one = replace(one, shared={n: v[None] for n, v in spoilt.items()})
+                    yield one
 
         return run
 

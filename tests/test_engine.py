@@ -128,8 +128,8 @@ def test_the_loop_is_plain_torch(dataset):
     (reply,) = small.federation.train(order, [1]).singles
     model = task_of(small.config, small.parts, 4, dataset.shape).model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    plan, _ = batch_plan(small.shards[1], batch_size=8, smallest=2, seed=0, round=1, client=1)
-    for batch in plan:
+    plan = batch_plan(small.shards[1][None], [1], batch_size=8, smallest=2, seed=0, round=1)
+    for (batch,) in plan:
         x = torch.from_numpy(dataset.x_train[batch]).float() / 255
         x = (x - torch.tensor(dataset.mean).view(3, 1, 1)) / torch.tensor(dataset.std).view(3, 1, 1)
         optimizer.zero_grad()

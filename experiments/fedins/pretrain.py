@@ -1,6 +1,7 @@
-"""Pre-train a small ViT on two domains of the digits suite that the federation does not have; write its backbone.
+"""Pre-train a small network on two domains of the digits suite that the federation does not have; write its backbone.
 
-    python experiments/fedins/pretrain.py runs/vit-tiny-32.safetensors
+    python experiments/fedins/pretrain.py runs/small-cnn.safetensors
+    python experiments/fedins/pretrain.py runs/vit-tiny-32.safetensors --model vit-tiny-32
 
 The classifier is left out of the file: in the federation every method starts with a new one. On one core some minutes.
 """
@@ -24,7 +25,7 @@ from fedsim.models.weights import head_path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--model", default="vit-tiny-32")
+    parser.add_argument("--model", default="small-cnn")
     parser.add_argument("--domains", default="synth,street")
     parser.add_argument("--images", type=int, default=6000, help="training images a domain")
     parser.add_argument("--epochs", type=int, default=10)

@@ -46,6 +46,17 @@ class Partition:
     def sizes(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def by_size(self, clients: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Shards of equal size together: (positions in ``clients`` [k], the shards int64 [k, n])."""
+        chosen = np.asarray(clients, np.int64)
+        starts = self.offsets[chosen]
+        sizes = self.offsets[chosen + 1] - starts
+        found = []
+        for size in np.unique(sizes):
+            positions = np.flatnonzero(sizes == size)
+            found.append((positions, self.indices[starts[positions, None] + np.arange(size)]))
+        return found
+
 
 Scheme = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 

@@ -176,7 +176,7 @@ class Site:
             store.put(client, job.sequence, after)
         store.flush()
         store.prune(end_of(job.oldest))
-        return result.replies[0], result.dropped
+        return result.replies[0][0], result.dropped
 
     def evaluate(self, job: Job, shared: Tensors) -> Score:
         """This client's own model on its test split, or on its held-out examples.

@@ -118,12 +118,14 @@ def test_statistics_order_runs_batchnorm_over_the_dev_set_and_nothing_else(datas
     indices = worker.examples_of(order, 1)
     assert len(indices) == round(33 * 0.5)
     assert replies.singles[0].examples == len(indices)
-    plan, _ = worker._plan(order, 1, 2)
-    assert sorted(np.concatenate(plan).tolist()) == sorted(np.tile(indices, 3).tolist()), "three passes over it"
+    plan = worker._plan(order, [1], run.shards[1][None])
+    assert sorted(np.concatenate(list(plan), 1)[0].tolist()) == sorted(np.tile(indices, 3).tolist()), (
+        "three passes over it"
+    )
     model = run.task.model
     model.load_state_dict({**model.state_dict(), **order.shared})
     with torch.no_grad():
-        for batch in plan:
+        for (batch,) in plan:
             model(worker.examples.batch("train", batch)[0])
     mean = replies.mean(order.returned)
     assert mean.keys() == {n for n, k in run.task.kinds.items() if k == "stats"}

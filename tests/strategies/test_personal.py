@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from clients.personal import LateHead, PersonalTwin, Twin, head_names
+from fedsim.batches import BatchPlan, Layout
 from fedsim.errors import ConfigError
-from fedsim.local import ClientTask, Work, run_loop
+from fedsim.local import Block, ClientTask, run_loop
 from fedsim.optim import SGD
 from fedsim.types import ClientState, Order
 from fedsim.vectorized import run_vmap
@@ -33,12 +34,14 @@ def test_ditto_equals_numpy_over_two_rounds(executor):
     v = np.stack([w, w])
     states = [ClientState(private, {}) for _ in range(2)]
     for t in (1, 2):
-        fetch = [lambda i, s, k=k: (torch.tensor(x[k, s]), torch.tensor(y[k, s])) for k in range(2)]
-        block = [Work(k, states[k], [np.arange(4)] * 3, fetch[k]) for k in range(2)]
+        fetch = lambda ks, i, s: (torch.tensor(x[ks, s]), torch.tensor(y[ks, s]))  # noqa: E731
+        plan = BatchPlan(np.zeros((2, 12), np.int64), Layout(1, ((0, 4), (4, 8), (8, 12)), 0))
+        block = Block([0, 1], states, [(np.arange(2), plan)])
         outcomes = []
-        for o in executor(task, Order(t, shared), block, eta):
-            outcomes.append(o.shared["shared.weight"].clone())
-            states[o.client] = o.state
+        for o in executor(task, Order(t, shared), block, eta, fetch):
+            for row, k in enumerate(o.clients):
+                outcomes.append(o.shared["shared.weight"][row].clone())
+                states[k] = ClientState({n: v[row].clone() for n, v in o.private.items()})
         sent, local = w, [w, w]
         for k in range(2):
             for s in range(3):
