@@ -51,13 +51,22 @@ class Failure:
 
     Attributes:
         stage: ``train`` (its training failed), ``worker`` (so did the worker it ran on), ``reply`` (none came from a
-            real client) or ``update`` (the guard does not believe what came).
+            real client), ``time`` (its block took too long) or ``update`` (the guard does not believe what came).
+        trace: where it was raised, if it was.
     """
 
     client: int
     stage: str
     reason: str
     trace: str = ""
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """Clients that were to be trained at once and were tried again in halves, and why."""
+
+    clients: tuple[int, ...]
+    reason: str
 
 
 @dataclass
@@ -69,6 +78,7 @@ class BlockResult:
     failures: list[Failure] = field(default_factory=list)
     partial: Partial | None = None
     dropped: int = 0  # examples left out by the last-batch policy
+    narrowed: list[Narrowed] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,11 @@ class Score:
     correct: float
     loss: float
     examples: int
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch's allocator for the CPU raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class Worker:
@@ -164,18 +179,36 @@ class Worker:
             state = ClientState(self._on_device(state.private), self._on_device(state.memory))
             block.append(Work(client, state, plan, fetch))
         for group in [[w] for w in block] if spec.executor == "loop" else [block] if block else []:
-            try:
-                for outcome in EXECUTORS[spec.executor](self.task, order, group, float(lr)):
-                    self._accept(order, outcome, result)
-            except Exception as error:
-                if spec.debug:
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-                done = {r.client for r in result.replies} | {f.client for f in result.failures}
-                result.failures += [
-                    Failure(w.client, "train", reason, traceback.format_exc()) for w in group if w.client not in done
-                ]
+            self._attempt(order, group, float(lr), result)
         return result
+
+    def _attempt(self, order: Order, group: Sequence[Work], lr: float, result: BlockResult) -> None:
+        """Train a group at once. If that fails it is tried again in halves, down to single clients: memory may suffice
+        for fewer, and a client that cannot be trained is found without costing the others. The block's sum is the same
+        block's in any case, so the loop's bits stay; those of vmap depend on how many clients it stacks."""
+        try:
+            for outcome in EXECUTORS[self.spec.executor](self.task, order, group, lr):
+                self._accept(order, outcome, result)
+            return
+        except Exception as error:
+            if self.spec.debug and not (out_of_memory(error) and len(group) > 1):
+                clients = ", ".join(str(w.client) for w in group)
+                error.add_note(f"in round {order.round}, stage 'train', client {clients}")
+                raise
+            # As text: the exception holds on to everything the attempt had in memory.
+            reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        done = {r.client for r in result.replies} | {f.client for f in result.failures}
+        left = [w for w in group if w.client not in done]
+        if len(group) == 1:
+            result.failures += [Failure(w.client, "train", reason, trace) for w in left]
+            return
+        result.narrowed.append(Narrowed(tuple(w.client for w in left), reason))
+        half = (len(left) + 1) // 2
+        for part in (left[:half], left[half:]):
+            if part:
+                self._attempt(order, part, lr, result)
 
     def _accept(self, order: Order, outcome: Outcome, result: BlockResult) -> None:
         client = outcome.client

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fedsim.local import Outcome
-from fedsim.types import Tensors
+from fedsim.types import Order, Tensors
 from fedsim.worker import EXECUTORS
 
 Spoil = Callable[[Tensors], Tensors]
@@ -23,17 +23,25 @@ def scaled(factor: float) -> Spoil:
     return lambda shared: {n: v * factor if n in floats(shared) else v for n, v in shared.items()}
 
 
-def hand_over(monkeypatch: pytest.MonkeyPatch, client: int, spoil: Spoil, rounds: set[int] | None = None) -> None:
-    """From now on ``client``'s trained tensors are spoiled before the worker looks at them (in these rounds alone).
-    For federations in this process."""
+def tamper(monkeypatch: pytest.MonkeyPatch, client: int, change: Callable[[Order, Outcome], Outcome]) -> None:
+    """From now on what ``client`` ends with goes through ``change`` before the worker looks at it. For federations in
+    this process."""
 
     def wrap(executor: Callable) -> Callable:
         def run(task, order, block, lr) -> Iterator[Outcome]:
             for outcome in executor(task, order, block, lr):
-                hostile = outcome.client == client and (rounds is None or order.round in rounds)
-                yield replace(outcome, shared=spoil(outcome.shared)) if hostile else outcome
+                yield change(order, outcome) if outcome.client == client else outcome
 
         return run
 
     for name, executor in list(EXECUTORS.items()):
         monkeypatch.setitem(EXECUTORS, name, wrap(executor))
+
+
+def hand_over(monkeypatch: pytest.MonkeyPatch, client: int, spoil: Spoil, rounds: set[int] | None = None) -> None:
+    """``client`` hands over spoiled tensors (in these rounds alone)."""
+
+    def change(order: Order, outcome: Outcome) -> Outcome:
+        return replace(outcome, shared=spoil(outcome.shared)) if rounds is None or order.round in rounds else outcome
+
+    tamper(monkeypatch, client, change)
