@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -135,7 +135,8 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
     config = config.model_copy(update={"simulation": simulation})
     strategy = server_of(parts, task, config)
-    strategy.public, strategy.policy = examples.batch("train", public), policy_of(config)
+    strategy.public = examples.batch("train", public)
+    strategy.policy = replace(policy_of(config), max_examples=int(shards.sizes.max()))
     if cohort < strategy.needs:
         raise ConfigError(
             f"algorithm: the aggregation rule needs the updates of {strategy.needs} clients, a round has {cohort};"
@@ -161,6 +162,7 @@ def pool_of(spec: WorkerSpec, config: Config) -> Pool:
         gpus=simulation.gpus_per_worker,
         address=simulation.address,
         retries=simulation.retries,
+        limit=simulation.time_limit,
     )
 
 

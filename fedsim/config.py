@@ -99,7 +99,10 @@ class SimulationSection(Section):
     block: Annotated[int, Field(ge=0)] = Field(0, description="clients a block; 0: by rule on cohort and model")
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     address: str = Field("", description="address of a running Ray cluster; empty: start one here")
-    retries: Annotated[int, Field(ge=0)] = 2
+    retries: Annotated[int, Field(ge=0)] = Field(2, description="of a block whose worker died or took too long")
+    time_limit: NonNegative = Field(
+        0.0, description="seconds a block may train before its worker is killed and replaced; 0: no limit"
+    )
 
 
 class Evaluation(Section):
@@ -141,6 +144,11 @@ class Config(Section):
             raise ValueError("training.momentum belongs to optimizer = 'sgd'; Adam has its own (remove the key)")
         if self.training.pretrain_epochs and not self.federation.public_per_class:
             raise ValueError("training.pretrain-epochs needs examples: set federation.public-per-class too")
+        if self.simulation.time_limit and not self.simulation.workers:
+            raise ValueError(
+                "simulation.time-limit needs workers that can be killed, not this process: set simulation.workers to 1"
+                " or more, or time-limit = 0"
+            )
         return self
 
     def as_dict(self) -> dict[str, Any]:

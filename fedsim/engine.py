@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,7 @@ class Federation:
         self.policy, self.needs = policy, needs
         self.failures: list[Failure] = []
         self.void: str | None = None
+        self.events: list[tuple[str, dict[str, Any]]] = []
         self.dropped = self.retried = 0
 
     def __len__(self) -> int:
@@ -95,8 +97,9 @@ class Federation:
         """Carry out an order.
 
         Afterwards ``self.failures`` holds the clients whose updates are not used, ``self.dropped`` the examples left
-        out by the last-batch policy, ``self.retried`` the clients whose block was repeated: of this order alone.
-        If too few updates can be used, ``self.void`` says so, and the clients keep the private state they had.
+        out by the last-batch policy, ``self.retried`` the clients whose block was repeated, ``self.events`` what else
+        is worth a line in the run's events: of this order alone. If too few updates can be used, ``self.void`` says so,
+        and the clients keep the private state they had.
         """
         results = self._results(order, clients)
         replies = Rows([columns for result in results for columns in result.replies])
@@ -125,11 +128,13 @@ class Federation:
         self.failures, self.dropped = [], 0
         for number, result in self.pool.map("train", order, calls):
             if isinstance(result, WorkerLost):
-                lost = [Failure(c, "worker", str(result)) for c in blocks[number]]
+                lost = [Failure(c, result.stage, str(result)) for c in blocks[number]]
                 result = BlockResult(failures=lost)
             results[number] = result
-        self.retried = sum(len(blocks[number]) for number in self.pool.retried)
+        self.retried = sum(len(blocks[number]) for number, _ in self.pool.retried)
+        self.events = [("retried", {"clients": blocks[number], "reason": why}) for number, why in self.pool.retried]
         for result in results:
+            self.events += [("narrowed", {"clients": [*n.clients], "reason": n.reason}) for n in result.narrowed]
             self.dropped += result.dropped
             self.failures += result.failures
         return results

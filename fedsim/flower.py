@@ -252,7 +252,7 @@ def collect(
             reply, number, partial = read_reply(message.content, orders)
             order = orders[number]
             expected = {} if partial is not None or (order.fold and not reply.shared) else order.returned
-            reason = refuse(reply.shared, expected) or refuse_count(reply.examples)
+            reason = refuse(reply.shared, expected) or refuse_count(reply.examples, policy.max_examples or None)
             reason = reason or refuse_metrics(reply.metrics) or refuse_report(reply.report)
             if reason is None and reply.shared and order.task == "train":
                 reason = refuse_norm(reply.shared, order.shared, policy.max_update_norm)

@@ -21,11 +21,13 @@ class Policy:
         max_update_norm: the most by which training may move the shared tensors, in L2 over all of floating point.
         quorum: share of the clients asked whose updates must be believed; with fewer the round is void.
         set_aside_after: refused updates after which a client is not asked any more.
+        max_examples: what the largest shard holds, where a client's own shard is not known.
     """
 
     max_update_norm: float = 0.0
     quorum: float = 0.0
     set_aside_after: int = 0
+    max_examples: int = 0
 
     def void(self, believed: int, asked: int, needs: int = 1) -> str | None:
         """Why so few believed updates change nothing, or None. ``needs``: without which the rule cannot work."""

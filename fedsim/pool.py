@@ -9,12 +9,20 @@ from fedsim.worker import Worker, WorkerSpec
 
 
 class WorkerLost(Exception):
-    """A call could not be finished: the worker that ran it died, as often as retries allow."""
+    """A call could not be finished: the worker that ran it died or took too long, as often as retries allow.
+
+    Args:
+        stage: ``worker`` or ``time``.
+    """
+
+    def __init__(self, reason: str, stage: str = "worker"):
+        super().__init__(reason)
+        self.stage = stage
 
 
 class Pool(Protocol):
-    retried: list[int]
-    """Numbers of the last ``map``'s calls that were repeated because their worker died, once for each time."""
+    retried: list[tuple[int, str]]
+    """Numbers of the last ``map``'s calls that were repeated, once for each time, and why."""
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Call ``worker.method(common, *call)`` for every call; yield (number of the call, result) as they end.
@@ -31,7 +39,7 @@ class InProcess:
 
     def __init__(self, spec: WorkerSpec):
         self.worker = Worker(spec)
-        self.retried: list[int] = []
+        self.retried: list[tuple[int, str]] = []
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         for number, call in enumerate(calls):

@@ -1,17 +1,22 @@
 """Persistent Ray actors. The only module that imports Ray.
 
 The worker's specification and a round's order are put into the object store once; tensors cross as numpy arrays,
-which Ray maps into the actors without a copy. An actor that dies is replaced and its call repeated: a block is a pure
-function of its arguments, so the repetition has the same bits.
+which Ray maps into the actors without a copy. An actor that dies or hangs is replaced and its call repeated: a block is
+a pure function of its arguments, so the repetition has the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import signal
+import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep CUDA_VISIBLE_DEVICES as it is
@@ -19,12 +24,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, FedsimError
 from fedsim.pool import WorkerLost
 from fedsim.processes import ALLOCATOR
 from fedsim.worker import Worker, WorkerSpec
+
+LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
@@ -64,8 +71,20 @@ class _Actor:
         _register_tensors()
         self.worker = Worker(spec)
 
+    def where(self) -> tuple[str, int]:
+        """(node, process)"""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     def call(self, method: str, common: Any, call: tuple) -> Any:
         return getattr(self.worker, method)(common, *call)
+
+
+@dataclass(frozen=True)
+class _Running:
+    actor: int
+    number: int
+    tries: int
+    deadline: float
 
 
 class RayPool:
@@ -74,15 +93,26 @@ class RayPool:
     Args:
         gpus: GPUs (or a fraction of one) for each actor.
         address: of a running cluster; empty starts one on this machine, which ``close`` ends again.
-        retries: how often a call is repeated after its actor died.
+        retries: how often a call is repeated after its actor died or took too long.
+        limit: seconds that a call of ``train`` may take, the start of its actor not counted; 0: any time. One that
+            takes longer has its actor killed and replaced, and is repeated after the other calls.
 
     Raises:
         ConfigError: the cluster cannot be reached, or has not the CPUs or GPUs asked for.
     """
 
-    def __init__(self, spec: WorkerSpec, workers: int, *, gpus: float = 0.0, address: str = "", retries: int = 2):
-        self.retries = retries
-        self.retried: list[int] = []
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        workers: int,
+        *,
+        gpus: float = 0.0,
+        address: str = "",
+        retries: int = 2,
+        limit: float = 0.0,
+    ):
+        self.retries, self.limit = retries, limit
+        self.retried: list[tuple[int, str]] = []
         self.owns = not ray.is_initialized()
         if self.owns:
             _start(workers, address)
@@ -96,38 +126,94 @@ class RayPool:
         _register_tensors()
         self.spec = ray.put(spec)
         self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": ALLOCATOR})(_Actor)
-        self.actors: list[Any] = [self.remote.remote(self.spec) for _ in range(workers)]
+        self.actors: list[Any] = [None] * workers
+        self.processes: list[tuple[str, int]] = [("", 0)] * workers
+        self.starting: dict[Any, int] = {}  # reference -> actor
+        self.stillborn = 0  # actors in a row that died as they started
+        for actor in range(workers):
+            self._launch(actor)
+
+    def _launch(self, actor: int) -> None:
+        self.actors[actor] = self.remote.remote(self.spec)
+        self.starting[self.actors[actor].where.remote()] = actor
+
+    def _started(self, reference: Any) -> int | None:
+        """The actor that has just come up; None if it died and is being replaced.
+
+        Raises:
+            FedsimError: one after the other dies.
+        """
+        actor = self.starting.pop(reference)
+        try:
+            self.processes[actor] = ray.get(reference)
+        except LOST as error:
+            self.stillborn += 1
+            if self.stillborn > self.retries:
+                raise FedsimError(f"{self.stillborn} workers in a row died as they started: {_line(error)}") from None
+            self._launch(actor)
+            return None
+        self.stillborn = 0
+        return actor
+
+    def _replace(self, actor: int) -> None:
+        node, process = self.processes[actor]
+        ray.kill(self.actors[actor])
+        if node == ray.get_runtime_context().get_node_id():
+            # Ray asks the process to end itself, and one that is stopped would keep its CPU from its successor.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._launch(actor)
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         shared, self.retried = ray.put(common), []
-        waiting = list(reversed([(number, 0) for number in range(len(calls))]))
-        idle = list(range(len(self.actors)))
-        running: dict[Any, tuple[int, int, int]] = {}  # reference -> (actor, call, tries)
+        limit = self.limit if method == "train" and self.limit else math.inf
+        waiting = deque((number, 0) for number in range(len(calls)))
+        idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
+        running: dict[Any, _Running] = {}  # by reference
         while waiting or running:
             while waiting and idle:
-                number, tries = waiting.pop()
-                actor = idle.pop(0)
+                (number, tries), actor = waiting.popleft(), idle.pop(0)
                 reference = self.actors[actor].call.remote(method, shared, calls[number])
-                running[reference] = (actor, number, tries)
-            done, _ = ray.wait(list(running), num_returns=1)
-            actor, number, tries = running.pop(done[0])
-            try:
-                result = ray.get(done[0])
-            except RayTaskError as error:
-                raise error.as_instanceof_cause() from None
-            except RayActorError as error:
-                self.actors[actor] = self.remote.remote(self.spec)
-                if tries < self.retries:
-                    self.retried.append(number)
-                    waiting.append((number, tries + 1))
-                    idle.append(actor)
+                running[reference] = _Running(actor, number, tries, time.monotonic() + limit)
+            left = min((r.deadline for r in running.values()), default=math.inf) - time.monotonic()
+            timeout = None if left == math.inf else max(left, 0.0)
+            for reference in ray.wait([*running, *self.starting], num_returns=1, timeout=timeout)[0]:
+                if reference in self.starting:
+                    came = self._started(reference)
+                    idle += [] if came is None else [came]
                     continue
-                result = WorkerLost(f"its worker died {tries + 1} times: {str(error).splitlines()[0]}")
-            idle.append(actor)
-            yield number, result
+                run = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except RayTaskError as error:
+                    raise error.as_instanceof_cause() from None
+                except LOST as error:
+                    self._launch(run.actor)
+                    if run.tries < self.retries:
+                        self.retried.append((run.number, f"its worker died: {_line(error)}"))
+                        waiting.appendleft((run.number, run.tries + 1))
+                        continue
+                    result = WorkerLost(f"its worker died {run.tries + 1} times: {_line(error)}")
+                else:
+                    idle.append(run.actor)
+                yield run.number, result
+            for reference, run in list(running.items()):
+                if time.monotonic() < run.deadline:
+                    continue
+                del running[reference]
+                self._replace(run.actor)
+                if run.tries < self.retries:
+                    self.retried.append((run.number, f"no result within {limit:g} s"))
+                    waiting.append((run.number, run.tries + 1))
+                else:
+                    yield run.number, WorkerLost(f"no result within {limit:g} s, {run.tries + 1} times", "time")
 
     def close(self) -> None:
         for actor in getattr(self, "actors", []):
             ray.kill(actor)
         if self.owns and ray.is_initialized():
             ray.shutdown()
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -229,11 +229,16 @@ class _Run:
         totals.train_flops += int(flops)
         totals.retried_clients += federation.retried
         totals.dropped_examples += federation.dropped
+        for what, details in federation.events:
+            self.writer.event(what, round=round, **details)
+            again = "again in halves" if what == "narrowed" else "again"
+            self.progress.note(f"round {round}: clients {details['clients']} are trained {again}: {details['reason']}")
         for failure in federation.failures:
             totals.rejected_updates += 1
             self.left_out[failure.stage] = self.left_out.get(failure.stage, 0) + 1
+            trace = {"trace": failure.trace} if failure.trace else {}
             self.writer.event(
-                "rejected", round=round, client=failure.client, stage=failure.stage, reason=failure.reason
+                "rejected", round=round, client=failure.client, stage=failure.stage, reason=failure.reason, **trace
             )
             self.progress.note(f"round {round}: client {failure.client} left out: {failure.reason}")
         costs = {"bytes-down": down, "bytes-up": up, "flops": flops}

@@ -54,13 +54,22 @@ class Failure:
 
     Attributes:
         stage: ``train`` (its training failed), ``worker`` (so did the worker it ran on), ``reply`` (none came from a
-            real client) or ``update`` (the guard does not believe what came).
+            real client), ``time`` (its block took too long) or ``update`` (the guard does not believe what came).
+        trace: where it was raised, if it was.
     """
 
     client: int
     stage: str
     reason: str
     trace: str = ""
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """Clients that were to be trained at once and were tried again in halves, and why."""
+
+    clients: tuple[int, ...]
+    reason: str
 
 
 @dataclass
@@ -72,6 +81,7 @@ class BlockResult:
     failures: list[Failure] = field(default_factory=list)
     partial: Partial | None = None
     dropped: int = 0  # examples left out by the last-batch policy
+    narrowed: list[Narrowed] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,11 @@ class Score:
     correct: float
     loss: float
     examples: int
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch's allocator for the CPU raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class Worker:
@@ -161,19 +176,7 @@ class Worker:
         # One client that fails must not end the others: the loop is given them one at a time.
         parts = [block] if spec.executor == "vmap" else [block.take([p]) for p in range(len(block))]
         for part in parts if block.clients else []:
-            try:
-                for outcomes in EXECUTORS[spec.executor](self.task, order, part, float(lr), fetch):
-                    self._accept(order, outcomes, result)
-            except Exception as error:
-                if spec.debug:
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-                done = {c for r in result.replies for c in r.clients} | {f.client for f in result.failures}
-                result.failures += [
-                    Failure(client, "train", reason, traceback.format_exc())
-                    for client in part.clients
-                    if client not in done
-                ]
+            self._attempt(order, part, float(lr), fetch, result)
         return result
 
     def _block(self, order: Order, clients: Sequence[int], states: Sequence[ClientState], result: BlockResult) -> Block:
@@ -192,6 +195,34 @@ class Worker:
             states = [ClientState(put(state.private), put(state.memory)) for state in states]
         block = Block(list(clients), states, plans)
         return block.take([p for p in range(len(clients)) if p not in idle]) if idle else block
+
+    def _attempt(self, order: Order, block: Block, lr: float, fetch: Fetch, result: BlockResult) -> None:
+        """Train clients at once. If that fails it is tried again in halves, down to single clients: memory may suffice
+        for fewer, and a client that cannot be trained is found without costing the others. The block's sum is the same
+        block's in any case, so the loop's bits stay; those of vmap depend on how many clients it stacks."""
+        try:
+            for outcomes in EXECUTORS[self.spec.executor](self.task, order, block, lr, fetch):
+                self._accept(order, outcomes, result)
+            return
+        except Exception as error:
+            if self.spec.debug and not (out_of_memory(error) and len(block) > 1):
+                clients = ", ".join(map(str, block.clients))
+                error.add_note(f"in round {order.round}, stage 'train', client {clients}")
+                raise
+            # As text: the exception holds on to everything the attempt had in memory.
+            reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        done = {c for r in result.replies for c in r.clients} | {f.client for f in result.failures}
+        left = [p for p, client in enumerate(block.clients) if client not in done]
+        if len(block) == 1:
+            result.failures += [Failure(block.clients[p], "train", reason, trace) for p in left]
+            return
+        result.narrowed.append(Narrowed(tuple(block.clients[p] for p in left), reason))
+        half = (len(left) + 1) // 2
+        for part in (left[:half], left[half:]):
+            if part:
+                self._attempt(order, block.take(part), lr, fetch, result)
 
     def _refusals(self, order: Order, outcomes: Outcomes, report: Tensors) -> dict[int, str]:
         """row -> why that client's update is not believed."""

@@ -2,27 +2,28 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from fedsim.checkpoint import state_sha256
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, FedsimError
 from fedsim.plugin import Plugin
 from fedsim.types import Order
-from tests.conftest import Small
+from tests.conftest import Small, shards_of
 
 
-class KillOnce(Plugin):
-    """Kills the process it trains in, the first time or every time."""
+class SignalOnce(Plugin):
+    """Sends a signal to the process it trains in, the first time or every time."""
 
-    def __init__(self, marker: Path, always: bool = False):
-        self.marker, self.always, self.parent = marker, always, os.getpid()
+    def __init__(self, marker: Path, always: bool = False, number: int = signal.SIGKILL):
+        self.marker, self.always, self.parent, self.number = marker, always, os.getpid(), number
 
     def begin(self, model, order):
         if os.getpid() != self.parent and (self.always or not self.marker.exists()):
             self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def with_plugin(small: Small, plugin: Plugin) -> None:
@@ -37,31 +38,89 @@ def ray_session():
         yield
 
 
-def pool_for(small: Small, retries: int = 2):
+def pool_for(small: Small, retries: int = 2, limit: float = 0.0):
     from fedsim.ray_pool import RayPool
 
-    small.federation.pool = RayPool(small.spec, 2, retries=retries)
+    small.federation.pool = RayPool(small.spec, 2, retries=retries, limit=limit)
     return small.federation.pool
 
 
 def test_a_killed_worker_is_replaced_and_the_block_repeated(dataset, ray_session, tmp_path):
     expected = state_sha256(Small(dataset).run(1))
     small = Small(dataset)
-    with_plugin(small, KillOnce(tmp_path / "killed"))
+    with_plugin(small, SignalOnce(tmp_path / "killed"))
     pool = pool_for(small)
     assert state_sha256(small.run(1)) == expected
     assert small.federation.retried == 1
+    ((what, details),) = small.federation.events
+    assert what == "retried"
+    assert "its worker died" in details["reason"]
     pool.close()
 
 
 def test_a_block_that_kills_every_worker_is_given_up(dataset, ray_session, tmp_path):
     small = Small(dataset)
-    with_plugin(small, KillOnce(tmp_path / "killed", always=True))
+    with_plugin(small, SignalOnce(tmp_path / "killed", always=True))
     pool = pool_for(small, retries=1)
     assert not small.federation.train(Order(1, small.federation.shared), [0]).singles
     (failure,) = small.federation.failures
     assert (failure.client, failure.stage) == (0, "worker")
     assert "died 2 times" in failure.reason
+    pool.close()
+
+
+def test_a_worker_that_hangs_is_replaced_and_the_block_repeated(dataset, ray_session, tmp_path):
+    expected = state_sha256(Small(dataset).run(1))
+    small = Small(dataset)
+    with_plugin(small, SignalOnce(tmp_path / "stopped", number=signal.SIGSTOP))
+    pool = pool_for(small, limit=2.0)
+    assert state_sha256(small.run(1)) == expected
+    ((what, details),) = small.federation.events
+    assert (what, len(details["clients"]), details["reason"]) == ("retried", 1, "no result within 2 s")
+    for _, process in pool.processes:
+        assert "stopped" not in Path(f"/proc/{process}/status").read_text(), "nobody is left behind"
+    pool.close()
+
+
+class Sleepy(Plugin):
+    """A client of so many steps never ends."""
+
+    def __init__(self, steps: int):
+        self.steps, self.parent = steps, os.getpid()
+
+    def start(self, params, view):
+        if os.getpid() != self.parent and view.steps == self.steps:
+            time.sleep(1000)
+        return {}
+
+
+@pytest.mark.slow
+def test_a_block_that_hangs_every_time_is_given_up_and_the_others_count(dataset, ray_session):
+    small = Small(dataset, shards_of(dataset, (40, 16)), simulation={"block": 1})
+    with_plugin(small, Sleepy(5))  # steps of the first: 40 examples in batches of 8
+    pool = pool_for(small, retries=1, limit=1.0)
+    replies = small.federation.train(Order(1, small.federation.shared), [0, 1])
+    assert [r.client for r in replies.singles] == [1]
+    (failure,) = small.federation.failures
+    assert (failure.client, failure.stage, failure.reason) == (0, "time", "no result within 1 s, 2 times")
+    assert small.federation.retried == 1
+    again = small.federation.train(Order(1, small.federation.shared), [1])
+    assert len(again) == 1, "the workers are as good as new"
+    pool.close()
+
+
+@pytest.mark.slow
+def test_workers_that_die_as_they_start_end_the_run_with_a_message(dataset, ray_session):
+    small = Small(dataset)
+
+    class Unborn:
+        def __reduce__(self):
+            return os._exit, (1,)
+
+    object.__setattr__(small.spec, "dataset", Unborn())
+    pool = pool_for(small, retries=1)
+    with pytest.raises(FedsimError, match="2 workers in a row died as they started"):
+        list(pool.map("train", None, [()]))
     pool.close()
 
 
