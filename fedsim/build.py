@@ -10,6 +10,7 @@ import torch
 
 from fedsim.config import Config
 from fedsim.data import Dataset, Partition, from_config, hold_out, set_apart
+from fedsim.data.augment import augmentation
 from fedsim.engine import Federation, block_size
 from fedsim.errors import ConfigError
 from fedsim.examples import Examples
@@ -118,6 +119,7 @@ def plan(config: Config, data: Data | None = None) -> Plan:
             f"training.batch-size = {config.training.batch_size}: BatchNorm normalizes by statistics of the batch, and"
             f" one example has none; expected {task.smallest_batch} or more, or a normalization of each example alone"
         )
+    augmentation(config.training.augment)  # a name the workers would not know is refused here, before they start
     torch.set_num_threads(1)  # sums over threads would make the server's bits depend on their number
     examples = Examples(dataset, dtype=getattr(torch, config.training.dtype))
     if config.training.pretrain_epochs:

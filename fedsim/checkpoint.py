@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,27 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from fedsim.errors import DataError
+from fedsim.errors import DataError, StorageError
 from fedsim.types import Tensors
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside ``path``, sync, rename: a reader sees the old file or the new one."""
+    """Write beside ``path``, sync, rename: a reader sees the old file or the new one.
+
+    Raises:
+        StorageError: the disk is full or read-only, or a folder lies there.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(path, error.strerror) from None
 
 
 def state_sha256(state: Tensors) -> str:
@@ -45,6 +56,12 @@ class Snapshot:
     record: dict[str, Any]
 
 
+def _header_sha256(header: dict[str, Any]) -> str:
+    """Of everything in it but the checksum itself, as it reads back from the file."""
+    as_read = json.loads(json.dumps(header))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
 class Checkpoints:
     """The checkpoint folder of a run; keeps the newest ``keep``."""
 
@@ -61,6 +78,7 @@ class Checkpoints:
             "state_sha256": state_sha256(snapshot.state),
             "record": snapshot.record,
         }
+        header["header_sha256"] = _header_sha256(header)
         write_atomically(self.folder / f"{name}.safetensors", data)
         # The header comes last: a checkpoint without one was cut short and is never read.
         write_atomically(self.folder / f"{name}.json", json.dumps(header, indent=1).encode())
@@ -70,7 +88,8 @@ class Checkpoints:
 
     def rounds(self) -> list[int]:
         """Rounds that have a checkpoint, ascending."""
-        return sorted(int(p.stem.removeprefix("round-")) for p in self.folder.glob("round-*.json"))
+        names = (re.fullmatch(r"round-(-?\d+)\.json", p.name) for p in self.folder.glob("round-*.json"))
+        return sorted(int(name[1]) for name in names if name)
 
     def load(self, round: int) -> Snapshot:
         """Read one checkpoint.
@@ -80,16 +99,29 @@ class Checkpoints:
         """
         path = self.folder / f"round-{round:06d}.json"
         earlier = [r for r in self.rounds() if r < round]
-        offer = f"; the one before is round {earlier[-1]} (resume --round {earlier[-1]})" if earlier else ""
+        offer = (
+            f"; the one before is round {earlier[-1]} (resume --round {earlier[-1]})"
+            if earlier
+            else self._others(round)
+        )
         try:
             header = json.loads(path.read_text())
             data = path.with_suffix(".safetensors").read_bytes()
+            claimed = header.pop("header_sha256")
             wanted, number, record = header["sha256"], int(header["round"]), header["record"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: the checkpoint cannot be read ({error}){offer}") from None
+        except OSError as error:
+            raise DataError(f"{path}: the checkpoint cannot be read ({error.strerror}){offer}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: damaged, no header of a checkpoint ({error}){offer}") from None
+        if claimed != _header_sha256(header):
+            raise DataError(f"{path}: damaged, its checksum differs{offer}")
         if hashlib.sha256(data).hexdigest() != wanted:
             raise DataError(f"{path.with_suffix('.safetensors')}: damaged, its checksum differs{offer}")
         return Snapshot(number, load(data), record)
+
+    def _others(self, round: int) -> str:
+        others = ", ".join(str(r) for r in self.rounds() if r != round)
+        return f"; there are checkpoints of round {others}" if others else "; there is no other: start the run anew"
 
     def newest(self) -> Snapshot | None:
         rounds = self.rounds()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fedsim.errors import FedsimError
@@ -162,6 +164,7 @@ def doctor() -> None:
         Console().print(f"{name:8} {value}", highlight=False)
 
 
+@functools.cache
 def _mount() -> None:
     from fedsim.data.cli import app as data
     from fedsim.deployment.cli import client, keys, server
@@ -181,16 +184,28 @@ def main() -> None:
     started = time.time()
     try:
         _mount()
-        app()
+        sys.exit(app(standalone_mode=False, prog_name="fedsim"))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "fedsim"
+        print(f"fedsim: {error.format_message()} (see '{command} --help')", file=sys.stderr)
+        sys.exit(2)
     except FedsimError as error:
         if debug:
             raise
         print(f"fedsim: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         print(f"fedsim: interrupted after {time.time() - started:.0f} s", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        if debug:
+            raise
+        print(f"fedsim: {error.filename or 'a file'}: {error.strerror or error} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if debug:

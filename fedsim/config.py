@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedsim.errors import ConfigError
 
@@ -125,8 +125,14 @@ class Guard(Section):
     )
 
 
+def _file_name(name: str) -> str:
+    if not name or len(name) > 100 or name.startswith(".") or not name.isprintable() or "/" in name:
+        raise ValueError("expected a name that a folder can have: no '/', no '.' in front, at most 100 characters")
+    return name
+
+
 class Config(Section):
-    name: str = "fedsim"
+    name: Annotated[str, AfterValidator(_file_name)] = "fedsim"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Count = 100
     federation: Federation = Federation()

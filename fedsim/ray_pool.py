@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import time
 import warnings
 from collections import deque
@@ -44,12 +45,23 @@ def _register_tensors() -> None:
     ray.util.register_serializer(torch.Tensor, serializer=lambda t: t.detach().cpu().numpy(), deserializer=_from_numpy)
 
 
+def _answers(address: str) -> None:
+    """Raise OSError unless something listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def _start(workers: int, address: str) -> None:
     options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
+        _answers(address)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RayError) as error:
-        raise ConfigError(f"simulation.address = '{address}': no Ray cluster answers there: {error}") from None
+    except (OSError, OverflowError, ValueError, RayError) as error:
+        raise ConfigError(
+            f"simulation.address = '{address}': no Ray cluster answers there ({error}); expected HOST:PORT of one"
+            " ('ray start --head' says which), or no address to start one here"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -57,14 +57,22 @@ class Totals:
     seconds: float = 0.0
 
 
-def numerics(config: Config) -> dict[str, Any]:
-    """What the bits of a run depend on beside its configuration and seed."""
+# Keys that change no number of the rounds that are there: names, places, where and when it is computed.
+FREE = ("name", "rounds", "federation.root", "model.weights", "evaluation", "checkpoint", "simulation")
+
+
+def numerics(planned: Plan) -> dict[str, Any]:
+    """What the bits of a run depend on: its configuration, its data, and this process."""
+    config = planned.config
+    tables = {k: v if isinstance(v, dict) else {"": v} for k, v in config.as_dict().items()}
+    keys = {f"{t}.{k}".strip("."): v for t, values in tables.items() for k, v in values.items()}
     return {
+        **{k: v for k, v in keys.items() if k not in FREE and k.partition(".")[0] not in FREE},
+        "dataset_sha256": planned.dataset.digest,
         **weights_of(config),  # a frozen backbone is in no checkpoint: a resumed run reads it from the file again
         "executor": config.simulation.executor,
         "block": config.simulation.block,
         "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
-        "dtype": config.training.dtype,
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
@@ -85,8 +93,13 @@ def run(config: Config, out: Path, *, debug: bool = False) -> dict[str, Any]:
     """
     planned = plan(config)
     writer = RunWriter(out)
-    writer.write_config(planned.config)
-    return _Run(planned, writer, debug=debug).go(None)
+    try:
+        writer.write_config(planned.config)
+        running = _Run(planned, writer, debug=debug)
+    except BaseException:
+        writer.discard()
+        raise
+    return running.go(None)
 
 
 def resume(path: Path, *, round: int | None = None, allow_other_numerics: bool = False, debug: bool = False):
@@ -97,14 +110,15 @@ def resume(path: Path, *, round: int | None = None, allow_other_numerics: bool =
         ConfigError: this process would compute other bits than the run's, and that is not allowed.
     """
     if not (path / "config.toml").exists():
-        raise DataError(f"{path}: no run directory (it has no config.toml)")
+        raise DataError(f"{path}: no run directory (it has no config.toml); expected the --out of a 'fedsim run'")
     planned = plan(load_config(path / "config.toml"))
     writer = RunWriter(path, resume=True)
     checkpoints = Checkpoints(path / "checkpoints", planned.config.checkpoint.keep)
     snapshot = checkpoints.newest() if round is None else checkpoints.load(round)
     if snapshot is not None:
-        was, now = snapshot.record["numerics"], numerics(planned.config)
-        differing = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if was.get(k) != v]
+        was, now = snapshot.record["numerics"], numerics(planned)
+        keys = [*now, *(k for k in was if k not in now)]
+        differing = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in keys if was.get(k) != now.get(k)]
         if differing and not allow_other_numerics:
             raise ConfigError(
                 f"{path}: the numbers would differ from an undisturbed run's: {'; '.join(differing)}"
@@ -300,7 +314,7 @@ class _Run:
             "latest": self.latest,
             "left_out": self.left_out,
             "refused": self.offenders.refused,
-            "numerics": numerics(self.config),
+            "numerics": numerics(self.plan),
         }
         self.checkpoints.save(Snapshot(round, state, record))
         self.store.prune(self.checkpoints.rounds()[0])

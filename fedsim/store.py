@@ -8,11 +8,11 @@ safetensors. A client without a row was never trained: it starts from the initia
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from pathlib import Path
 
 from safetensors.torch import load, save
 
+from fedsim.database import open_database, transaction
 from fedsim.errors import DataError
 from fedsim.types import ClientState
 
@@ -24,12 +24,11 @@ class ClientStore:
 
     def __init__(self, path: Path | None = None, budget: int = 1 << 30):
         self.path = path
-        self.db = sqlite3.connect(path if path else ":memory:", isolation_level=None)
-        self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute("PRAGMA synchronous = NORMAL")
-        self.db.execute(
+        self.db = open_database(
+            path,
             "CREATE TABLE IF NOT EXISTS states (client INTEGER, round INTEGER, sha256 BLOB, data BLOB,"
-            " PRIMARY KEY (client, round)) WITHOUT ROWID"
+            " PRIMARY KEY (client, round)) WITHOUT ROWID",
+            "private states",
         )
         self.budget = budget
         self.recent: dict[int, tuple[int, ClientState]] = {}
@@ -48,13 +47,16 @@ class ClientStore:
         if client in self.recent:
             return self.recent[client][1]
         row = self.db.execute(
-            "SELECT data, sha256 FROM states WHERE client = ? ORDER BY round DESC LIMIT 1", (client,)
+            "SELECT data, sha256, round FROM states WHERE client = ? ORDER BY round DESC LIMIT 1", (client,)
         ).fetchone()
         if row is None:
             return None
-        data, digest = row
+        data, digest, round = row
         if hashlib.sha256(data).digest() != digest:
-            raise DataError(f"{self.path}: the private state of client {client} is damaged (checksum differs)")
+            raise DataError(
+                f"{self.path}: the private state of client {client} of round {round} is damaged (its checksum differs);"
+                f" resume --round with a checkpoint before round {round}, or start the run anew"
+            )
         tensors = load(data)
         return ClientState(
             {n[len(PRIVATE) :]: v for n, v in tensors.items() if n.startswith(PRIVATE)},
@@ -74,18 +76,21 @@ class ClientStore:
             self.bytes = 0
 
     def flush(self) -> None:
-        """Write what changed since the last call; after it a resume at this round finds every state."""
+        """Write what changed since the last call; after it a resume at this round finds every state.
+
+        Raises:
+            StorageError: the disk is full, say; nothing of it is written.
+        """
         if not self.dirty:
             return
-        self.db.execute("BEGIN IMMEDIATE")
-        for client in sorted(self.dirty):
-            round, state = self.recent[client]
-            tensors = {PRIVATE + n: v.contiguous() for n, v in state.private.items()}
-            tensors |= {MEMORY + n: v.contiguous() for n, v in state.memory.items()}
-            data = save(tensors)
-            row = (client, round, hashlib.sha256(data).digest(), data)
-            self.db.execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", row)
-        self.db.execute("COMMIT")
+        with transaction(self.db, self.path):
+            for client in sorted(self.dirty):
+                round, state = self.recent[client]
+                tensors = {PRIVATE + n: v.contiguous() for n, v in state.private.items()}
+                tensors |= {MEMORY + n: v.contiguous() for n, v in state.memory.items()}
+                data = save(tensors)
+                row = (client, round, hashlib.sha256(data).digest(), data)
+                self.db.execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", row)
         self.dirty.clear()
 
     def rewind(self, round: int) -> None:
@@ -93,15 +98,17 @@ class ClientStore:
         self.recent.clear()
         self.dirty.clear()
         self.bytes = 0
-        self.db.execute("DELETE FROM states WHERE round > ?", (round,))
+        with transaction(self.db, self.path):
+            self.db.execute("DELETE FROM states WHERE round > ?", (round,))
 
     def prune(self, round: int) -> None:
         """Drop versions that no resume at ``round`` or later can ask for."""
-        self.db.execute(
-            "DELETE FROM states WHERE round < (SELECT MAX(s.round) FROM states s WHERE s.client = states.client"
-            " AND s.round <= ?)",
-            (round,),
-        )
+        with transaction(self.db, self.path):
+            self.db.execute(
+                "DELETE FROM states WHERE round < (SELECT MAX(s.round) FROM states s WHERE s.client = states.client"
+                " AND s.round <= ?)",
+                (round,),
+            )
 
     def close(self) -> None:
         self.db.close()

@@ -56,5 +56,5 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     flipped = data[:-1] + bytes([data[-1] ^ 1])
     store.db.execute("UPDATE states SET data = ?", (flipped,))
     store.recent.clear()
-    with pytest.raises(DataError, match="client 0 is damaged"):
+    with pytest.raises(DataError, match="client 0 of round 1 is damaged"):
         store.get(0)

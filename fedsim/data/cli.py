@@ -33,10 +33,11 @@ def show(
 
 @app.command()
 def info(name: Name, root: Root = "") -> None:
-    """Print counts, label histograms and the checksum."""
+    """Print counts, label histograms and the checksum, which is computed anew and compared."""
     from fedsim.data import load_dataset
 
     dataset = load_dataset(name, root)
+    dataset.verify()
     few = len(dataset.classes) <= 12
     table = Table(box=None, padding=(0, 2, 0, 0))  # 77 columns with ten classes: narrow enough for any terminal or pipe
     table.add_column("domain")

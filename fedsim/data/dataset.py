@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.data.images import ImageFiles
-from fedsim.errors import DataError
+from fedsim.errors import DataError, StorageError
 
 SPLITS = ("train", "test")
 DTYPES = ("uint8", "float32", "int64")  # images, features, tokens
@@ -66,10 +66,36 @@ class Dataset:
             self.mean, self.std = tuple(meta["mean"]), tuple(meta["std"])
             self.groups: dict[str, list[int]] = meta.get("groups", {})
             self.digest: str = meta["digest"]
-        except (OSError, ValueError, KeyError) as error:
+            self._check_whole()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{self.folder}: not a built data set ({error}); remove the folder and it is built anew"
             ) from None
+
+    def _check_whole(self) -> None:
+        for split in SPLITS:
+            x, y, domain = (getattr(self, f"{part}_{split}") for part in ("x", "y", "domain"))
+            if not len(x) == len(y) == len(domain) > 0:
+                raise ValueError(f"{split}: {len(x)} examples, {len(y)} labels, {len(domain)} domains")
+            for what, array, count in (("labels", y, len(self.classes)), ("domains", domain, len(self.domains))):
+                if array.dtype.kind != "i" or array.min() < 0 or array.max() >= count:
+                    raise ValueError(f"{split}: {what} are {array.dtype} from {array.min()} to {array.max()}")
+
+    def verify(self) -> None:
+        """Read everything and compare its checksum: what ``__init__`` is too quick for.
+
+        Raises:
+            DataError: the arrays are not those that were written.
+        """
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for part in ("x", "y", "domain"):
+                array = getattr(self, f"{part}_{split}")
+                digest.update(f"{split} {part} {array.dtype} {array.shape}".encode())
+                for start in range(0, len(array), BLOCK):
+                    digest.update(np.ascontiguousarray(array[start : start + BLOCK]).data)
+        if digest.hexdigest() != self.digest:
+            raise DataError(f"{self.folder}: damaged, its checksum differs; remove the folder and it is built anew")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -126,14 +152,15 @@ class Dataset:
 
         Raises:
             DataError: arrays that make no data set (named by domain and split), or a folder with other things in it.
+            StorageError: the disk is full or read-only; nothing is left there.
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").exists():
             raise DataError(f"{folder}: holds something that is no data set; name a new or an empty folder")
         _check(name, arrays, len(classes))
         temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        temporary.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.mkdir(parents=True, exist_ok=True)
             meta = {
                 "name": name,
                 "domains": list(arrays),
@@ -145,6 +172,8 @@ class Dataset:
             }
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
             _publish(temporary, folder)
+        except OSError as error:
+            raise StorageError(folder, error.strerror, "set FEDSIM_CACHE to a folder with room") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return cls(folder)
@@ -181,17 +210,17 @@ def _write(folder: Path, arrays: Arrays, tick: Callable[[int], None]) -> str:
         sizes = [len(y) for _, y in pairs]
         first = pairs[0][0]
         shape = (sum(sizes), *first.shape[1:])
-        out = np.lib.format.open_memmap(folder / f"{split}_x.npy", mode="w+", dtype=first.dtype, shape=shape)
-        digest.update(f"{split} x {out.dtype} {out.shape}".encode())
-        row = 0
-        for x, _ in pairs:
-            for start in range(0, len(x), BLOCK):
-                block = np.ascontiguousarray(x[start : start + BLOCK])
-                out[row : row + len(block)] = block
-                digest.update(block.data)
-                row += len(block)
-                tick(len(block))
-        out.flush()
+        head = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
+        digest.update(f"{split} x {first.dtype} {shape}".encode())
+        # Written, not mapped: a full disk is an error of write, but a deadly signal in a mapping.
+        with open(folder / f"{split}_x.npy", "wb") as out:
+            np.lib.format.write_array_header_1_0(out, head)
+            for x, _ in pairs:
+                for start in range(0, len(x), BLOCK):
+                    block = np.ascontiguousarray(x[start : start + BLOCK])
+                    out.write(block.data)
+                    digest.update(block.data)
+                    tick(len(block))
         labels = np.concatenate([y for _, y in pairs]).astype(np.int64)
         numbers = np.repeat(np.arange(len(pairs), dtype=np.int16), sizes)
         for part, array in (("y", labels), ("domain", numbers)):

@@ -48,7 +48,7 @@ DOMAINNET_CLASSES = (
 
 def _digit_images(path: Path, x: np.ndarray) -> np.ndarray:
     """uint8 [N, 3, 28, 28] of grey or coloured images of any size."""
-    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
         raise DataError(f"{path}: images are {x.dtype} {x.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
     if x.shape[1:3] != (28, 28):
         x = np.stack([np.asarray(Image.fromarray(i).resize((28, 28), Image.Resampling.BILINEAR)) for i in x])
@@ -59,7 +59,7 @@ def _digit_images(path: Path, x: np.ndarray) -> np.ndarray:
 
 def _digit_labels(path: Path, y: np.ndarray) -> np.ndarray:
     """int64 [N]; the package has some of shape [N, 1] and some of floats."""
-    if y.dtype.kind not in "iuf" or not np.array_equal(y, np.round(y)):
+    if y.dtype.kind not in "iuf" or not np.isfinite(y).all() or not np.array_equal(y, np.round(y)):
         raise DataError(f"{path}: labels are {y.dtype}, expected whole numbers 0 to 9")
     return y.reshape(-1).astype(np.int64)
 

@@ -34,7 +34,9 @@ def read_idx(path: Path) -> np.ndarray:
         raise DataError(f"{path}: ends inside its header")
     shape = struct.unpack(f">{dimensions}I", data[4:header])
     if len(data) - header != math.prod(shape):
-        raise DataError(f"{path}: holds {len(data) - header} values, its header promises {math.prod(shape)}")
+        raise DataError(
+            f"{path}: holds {len(data) - header} values, its header promises {math.prod(shape)}; take a whole copy"
+        )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 

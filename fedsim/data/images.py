@@ -38,7 +38,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
     except FileNotFoundError:
         raise DataError(f"{path}: this image is listed but does not exist") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a broken PNG is a SyntaxError
-        raise DataError(f"{path}: cannot be read as an image ({error})") from None
+        raise DataError(f"{path}: cannot be read as an image ({error}); mend the file or take it out") from None
 
 
 class ImageFiles:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedsim.config import Config, load_config
+from fedsim.errors import ConfigError
 
 
 def quick_recipe() -> list[Path]:
@@ -29,13 +30,13 @@ def run_all(
     """
     from fedsim.run import run
 
-    configs = [load_config(f, overrides) for f in files]
-    configs = [c.model_copy(update={"seed": s}) for c in configs for s in (seeds or [c.seed])]
-    _check(configs)
+    points = [[f"seed={s}"] for s in seeds] if seeds else [[]]
+    configs = [load_config(f, [*overrides, *point]) for f in files for point in points]
     if out is None:
         name = configs[0].name if len(configs) == 1 else "compare"
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folders = [out] if len(configs) == 1 else [out / f"{c.name}-seed{c.seed}" for c in configs]
+    _check(configs, folders)
     with _ray_for(configs):
         for config, folder in zip(configs, folders):
             run(config, folder, debug=debug)
@@ -43,11 +44,15 @@ def run_all(
     return folders
 
 
-def _check(configs: list[Config]) -> None:
+def _check(configs: list[Config], folders: list[Path]) -> None:
     from fedsim.registry import resolve
 
     for config in configs:
         resolve(config)
+    if twins := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ConfigError(
+            f"{twins[0].name}: two of the runs have this name and seed; change 'name' in one of the files"
+        )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fedsim.errors import DataError, StorageError
 from fedsim.results.run import RunDirectory, by_method
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C8C00", "#666666", "#7F3C8D")
@@ -45,6 +46,8 @@ def curve(run: RunDirectory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     store = run.metrics()
     points = store.by_domain("accuracy", "test")
     store.close()
+    if missing := set(run.domains) - points.keys():
+        raise DataError(f"{store.path}: no accuracy of '{min(missing)}'; 'fedsim run' records it, take a whole copy")
     return {d: (np.array([r for r, _ in p]), 100 * np.array([v for _, v in p])) for d, p in points.items()}
 
 
@@ -206,8 +209,13 @@ def draw_all(runs: Sequence[RunDirectory], folder: Path) -> list[Path]:
             rates = learning_rates(run)
             if rates is not None:
                 figures[f"learning_rates{suffix}"] = rates
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{kind}", dpi=160)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            for kind in ("png", "svg"):
+                figure.savefig(folder / f"{name}.{kind}", dpi=160)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"{folder}: a file, expected a folder for the pictures; choose another --out") from None
+    except OSError as error:
+        raise StorageError(folder, error.strerror, "choose another --out") from None
     return [folder / f"{name}.png" for name in figures]

@@ -28,17 +28,19 @@ class RunDirectory:
         if not self.path.is_dir():
             raise DataError(f"{path}: no such run directory")
         try:
-            self.config: dict[str, Any] = tomllib.loads((self.path / "config.toml").read_text())
-            self.summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+            reading = "config.toml"
+            self.config: dict[str, Any] = tomllib.loads((self.path / reading).read_text())
+            reading = "summary.json"
+            self.summary: dict[str, Any] = json.loads((self.path / reading).read_text())
         except FileNotFoundError as error:
             name = Path(error.filename).name
             hint = "; the run is not finished: 'fedsim resume' it" if name == "summary.json" else ""
             raise DataError(f"{path}: no run directory, {name} is missing{hint}") from None
         except (ValueError, OSError) as error:
-            raise DataError(f"{path}: cannot be read as a run directory ({error})") from None
-        missing = {"name", "strategy", "accuracy", "seed", "rounds"} - self.summary.keys()
-        if missing:
-            raise DataError(f"{self.path / 'summary.json'}: '{min(missing)}' is missing")
+            raise DataError(
+                f"{self.path / reading}: damaged ({error}); 'fedsim resume {path}' mends a summary"
+            ) from None
+        _check_summary(self.path / "summary.json", self.summary)
 
     @property
     def method(self) -> str:
@@ -50,6 +52,17 @@ class RunDirectory:
 
     def metrics(self) -> MetricStore:
         return MetricStore(self.path / "metrics.sqlite", create=False)
+
+
+def _check_summary(path: Path, summary: Any) -> None:
+    mend = "expected as 'fedsim run' writes it; 'fedsim resume' writes it anew"
+    if not isinstance(summary, dict):
+        raise DataError(f"{path}: holds a {type(summary).__name__}, {mend}")
+    if missing := {"name", "strategy", "accuracy", "seed", "rounds"} - summary.keys():
+        raise DataError(f"{path}: '{min(missing)}' is missing, {mend}")
+    accuracy = summary["accuracy"]
+    if not isinstance(accuracy, dict) or not accuracy or not all(type(v) in (int, float) for v in accuracy.values()):
+        raise DataError(f"{path}: accuracy is {accuracy!r}, expected a number for every domain, {mend}")
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunDirectory]:
@@ -81,7 +94,9 @@ def by_method(runs: Sequence[RunDirectory]) -> dict[str, list[RunDirectory]]:
         mine = methods.setdefault(run.method, [])
         twin = next((r for r in mine if r.summary["seed"] == run.summary["seed"]), None)
         if twin is not None:
-            raise DataError(f"{run.path} and {twin.path}: both are '{run.method}' with seed {run.summary['seed']}")
+            raise DataError(
+                f"{run.path} and {twin.path}: both are '{run.method}' with seed {run.summary['seed']}; name one of them"
+            )
         if mine and set(mine[0].domains) != set(run.domains):
             raise DataError(f"{run.path} and {mine[0].path}: the same name but other domains")
         mine.append(run)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from fedsim.errors import DataError
+from fedsim.database import open_database, open_reader, reading, transaction
 
 Row = tuple[int, int, str, str, str, float, float]  # round, client, domain, split, name, sum, weight
 
+WHAT = "metrics"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS names (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE IF NOT EXISTS records (
@@ -24,24 +25,21 @@ class MetricStore:
 
     Rows are buffered until ``commit``; a reader in another process sees whole rounds.
 
+    Args:
+        create: False: for reading alone; the file must be there.
+
     Raises:
         DataError: the file is damaged or no database.
+        StorageError: the disk is full or read-only.
     """
 
     def __init__(self, path: Path, *, create: bool = True):
-        if not create and not path.exists():
-            raise DataError(f"{path}: no metrics there; expected the metrics.sqlite of a run directory")
         self.path = path
         self._rows: list[Row] = []
-        self._ids: dict[str, int] = {}
-        try:
-            self.db = sqlite3.connect(path, isolation_level=None)
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.execute("PRAGMA synchronous = NORMAL")
-            self.db.executescript(SCHEMA)
-            self._ids = {name: number for number, name in self.db.execute("SELECT * FROM names")}
-        except sqlite3.Error as error:
-            raise DataError(f"{path}: not a metrics database of a run ({error})") from None
+        self.db = open_database(path, SCHEMA, WHAT) if create else open_reader(path, WHAT)
+        with reading(path, WHAT):
+            self._ids: dict[str, int] = {name: number for number, name in self.db.execute("SELECT * FROM names")}
+            self.db.execute("SELECT name, round, split, domain, client, sum, weight FROM records LIMIT 1").fetchone()
 
     def _id(self, name: str) -> int:
         if name not in self._ids:
@@ -52,40 +50,53 @@ class MetricStore:
         self._rows += rows
 
     def commit(self) -> None:
-        """Write the buffered rows in one transaction."""
+        """Write the buffered rows in one transaction.
+
+        Raises:
+            StorageError: the disk is full, say; nothing of it is written.
+        """
         if not self._rows:
             return
-        self.db.execute("BEGIN")
-        coded = [
-            (self._id(name), round, self._id(split), self._id(domain), client, total, weight)
-            for round, client, domain, split, name, total, weight in self._rows
-        ]
-        self.db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", coded)
-        self.db.execute("COMMIT")
+        known = dict(self._ids)
+        try:
+            with transaction(self.db, self.path):
+                coded = [
+                    (self._id(name), round, self._id(split), self._id(domain), client, total, weight)
+                    for round, client, domain, split, name, total, weight in self._rows
+                ]
+                self.db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", coded)
+        except BaseException:
+            self._ids = known  # names made in a transaction that was rolled back do not exist
+            raise
         self._rows.clear()
 
     def rewind(self, round: int) -> None:
         """Forget everything later than ``round``, buffered or written."""
         self._rows = [row for row in self._rows if row[0] <= round]
-        self.db.execute("DELETE FROM records WHERE round > ?", (round,))
+        with transaction(self.db, self.path):
+            self.db.execute("DELETE FROM records WHERE round > ?", (round,))
 
     def read(self, name: str, split: str = "") -> list[tuple[int, int, str, float, float]]:
         """(round, client, domain, sum, weight) of a metric, by round and client."""
-        return self.db.execute(
+        return self._fetch(
             "SELECT r.round, r.client, d.name, r.sum, r.weight FROM records r JOIN names d ON d.id = r.domain"
             " WHERE r.name = (SELECT id FROM names WHERE name = ?) AND r.split = (SELECT id FROM names WHERE name = ?)"
             " ORDER BY r.round, r.client, r.rowid",
             (name, split),
-        ).fetchall()
+        )
+
+    def _fetch(self, query: str, values: tuple[str, str]) -> list[Any]:
+        with reading(self.path, WHAT):
+            return self.db.execute(query, values).fetchall()
 
     def by_domain(self, name: str, split: str = "test") -> dict[str, list[tuple[int, float]]]:
         """domain -> [(round, mean over the domain's models of sum / weight)]."""
-        rows = self.db.execute(
+        rows = self._fetch(
             "SELECT d.name, r.round, AVG(r.sum / r.weight) FROM records r JOIN names d ON d.id = r.domain"
             " WHERE r.name = (SELECT id FROM names WHERE name = ?) AND r.split = (SELECT id FROM names WHERE name = ?)"
             " AND r.weight > 0 GROUP BY r.domain, r.round ORDER BY r.round",
             (name, split),
-        ).fetchall()
+        )
         curves: dict[str, list[tuple[int, float]]] = {}
         for domain, round, value in rows:
             curves.setdefault(domain, []).append((round, value))

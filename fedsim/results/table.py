@@ -78,8 +78,8 @@ def add_published(results: Results, path: Path) -> Results:
         raise DataError(f"{path}: cannot be read as a table of published figures ({error})") from None
     rows = dict(results.rows)
     for method, values in published.items():
-        if not isinstance(values, dict) or not all(isinstance(v, int | float) for v in values.values()):
-            raise DataError(f"{path}: [{method}] expected lines like mnist = 96.5")
+        if not isinstance(values, dict) or not values or not all(isinstance(v, int | float) for v in values.values()):
+            raise DataError(f"{path}: [{method}] expected lines like mnist = 96.5, found {values!r}")
         cells = {d: Cell(float(v)) for d, v in values.items() if d in results.columns}
         cells.setdefault("worst", Cell(min(float(v) for d, v in values.items() if d != "mean")))
         rows[f"{method} (published)"] = cells

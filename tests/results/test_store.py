@@ -47,5 +47,5 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(DataError, match="no metrics there"):
         MetricStore(tmp_path / "none.sqlite", create=False)
     (tmp_path / "bad.sqlite").write_bytes(b"not a database at all, but long enough to look at" * 30)
-    with pytest.raises(DataError, match="not a metrics database"):
+    with pytest.raises(DataError, match="not the metrics of a run"):
         MetricStore(tmp_path / "bad.sqlite")
