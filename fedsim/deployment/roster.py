@@ -70,6 +70,11 @@ class Roster:
             else:
                 self.link.wait(0.1)
 
+    def known(self) -> list[Member]:
+        """The registered clients that have a number in this run."""
+        kept = self._numbers()
+        return [m for m in self.link.members.all() if hashlib.sha256(m.key).hexdigest() in kept]
+
     def _say(self, before: str) -> str:
         here = [f"{self.about[c]['domain']} ({self.members[c].name})" for c in sorted(self.sizes)]
         missing = [
