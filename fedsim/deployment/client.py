@@ -101,7 +101,7 @@ def work(server: str, ca: Path, key: Key, site: Site, *, give_up: float, stay: b
                     return
             except Lost as error:
                 if connection is not None:
-                    connection.close()
+                    connection.drop()
                     connection = None
                 if time.monotonic() - heard > give_up:
                     raise Rejected(f"{server}: no server for {give_up:g} s ({error})") from None
