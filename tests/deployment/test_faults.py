@@ -10,7 +10,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedsim.deployment import client, keys
+from fedsim.deployment import client as module
+from fedsim.deployment import keys
 from fedsim.deployment.client import work
 from fedsim.deployment.federation import Patience
 from fedsim.deployment.site import Site
@@ -142,7 +143,7 @@ def test_malformed_updates_are_left_out_by_name(deploy):
 
     def hostile() -> None:
         site = Hostile("scan", str(deployment.dataset.folder), None)
-        honest = client.reply_content
+        honest = module.reply_content
 
         def reply_content(*given):
             content = honest(*given)
@@ -151,9 +152,9 @@ def test_malformed_updates_are_left_out_by_name(deploy):
                 content[SHARED] = ArrayRecord({**record, next(iter(record)): Array(np.array(["text"]))})
             return content
 
-        client.reply_content = reply_content
+        module.reply_content = reply_content
         secret = keys.read_key(deployment.pki / "scan.key")
-        client.work(f"127.0.0.1:{deployment.port}", deployment.pki / "ca.crt", secret, site, give_up=60)
+        work(f"127.0.0.1:{deployment.port}", deployment.pki / "ca.crt", secret, site, give_up=60)
 
     deployment._start("scan", hostile)
     assert server.wait() == 0, server.text()
