@@ -11,9 +11,6 @@ import signal
 import socket
 import sys
 import time
-
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # as the command line does, before gRPC is loaded
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
