@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedsim.build import Plan, plan
+from fedsim.checkpoint import state_sha256
 from fedsim.config import Algorithm, Config, kebab, parse_config
 from fedsim.flower import METRICS, log, read_order, reply_content
 from fedsim.registry import relevant_options
@@ -85,6 +86,8 @@ def main(grid: Grid, context: Context) -> None:
     result = strategy.start(grid, to_dense_arrays(shared), num_rounds=config.rounds)
     for round, metrics in sorted(result.evaluate_metrics_clientapp.items()):
         log.info("round %d: %s", round, dict(metrics))
+    assert strategy.state is not None, "start sets it"
+    print(f"state_sha256 {state_sha256(strategy.state)}", flush=True)
 
 
 def _client_number(context: Context, planned: Plan) -> int:

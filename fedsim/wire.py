@@ -93,6 +93,20 @@ def decode(array: Array, like: torch.Tensor | None = None) -> tuple[torch.Tensor
     return tensor, torch.from_numpy(mask.reshape(shape))
 
 
+def unfolded_bytes(record: ArrayRecord) -> int:
+    """Memory that the tensors of a record will take: a few bytes of a sparse array may stand for gigabytes.
+
+    Raises:
+        TypeError, ValueError: an array of no known type.
+    """
+    total = 0
+    for array in record.values():
+        sparse = array.stype.startswith("fedsim.")
+        size = math.prod(max(n, 0) for n in array.shape)
+        total += size * (np.dtype(array.dtype).itemsize + 1) if sparse else len(array.data)
+    return total
+
+
 def _positions(form: str, data: bytes, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """(positions in the flat tensor, values at them)."""
     if form == "bitmap":

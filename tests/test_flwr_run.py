@@ -25,6 +25,16 @@ def processes_of(home: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def end_all(home: Path) -> None:
+    """SIGTERM to all of them until none is left."""
+    for _ in range(50):
+        for pid in processes_of(home):
+            os.kill(pid, signal.SIGTERM)
+        if not processes_of(home):
+            break
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 def test_flwr_run(tmp_path):
     environment = {
@@ -40,12 +50,7 @@ def test_flwr_run(tmp_path):
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     finally:
-        for _ in range(50):
-            for pid in processes_of(tmp_path):
-                os.kill(pid, signal.SIGTERM)
-            if not processes_of(tmp_path):
-                break
-            time.sleep(0.2)
+        end_all(tmp_path)
     losses = [float(x) for x in re.findall(r"'loss': ([\d.]+), 'clients': 2", done.stdout)]
     assert len(losses) == 2, done.stdout + done.stderr
     assert losses[1] < losses[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ Ca = Annotated[Path, typer.Option(help="certificate of the CA that signed the se
 
 def _talk() -> None:
     """One line an event on standard error; Flower's own chatter stays out of it."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it would log every handshake that fails, in a form of its own
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("fedsim").setLevel(logging.INFO)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)

@@ -17,8 +17,8 @@ from fedsim.deployment.keys import Key
 from fedsim.deployment.site import Refused, Site
 from fedsim.deployment.wire import pack, unpack
 from fedsim.errors import FedsimError
-from fedsim.flower import CONFIG, METRICS, SHARED, read_order, reply_content
-from fedsim.wire import to_tensors
+from fedsim.flower import CONFIG, METRICS, read_order, reply_content
+from fedsim.wire import unfolded_bytes
 
 log = getLogger("fedsim")
 FAILED = 2  # Flower's error code for an exception in the ClientApp
@@ -43,6 +43,8 @@ def carry_out(site: Site, kind: str, content: RecordDict) -> RecordDict:
         return RecordDict({SIZES: MetricRecord(dict(site.place(job)))})
     if kind == DONE:
         return RecordDict()
+    if kind in ("train", "evaluate"):
+        site.refuse_size(job, sum(unfolded_bytes(record) for record in content.array_records.values()))
     if kind == "train":
         order = read_order(content)
         log.info("round %d: %s", order.round, order.task)
@@ -50,7 +52,8 @@ def carry_out(site: Site, kind: str, content: RecordDict) -> RecordDict:
         number: Any = content[CONFIG]["order"]  # type: ignore[index]
         return RecordDict({**reply_content(reply, int(number), order.masks), LOCAL: MetricRecord({"dropped": dropped})})
     if kind == "evaluate":
-        score = site.evaluate(job, to_tensors(content[SHARED]))  # type: ignore[arg-type]
+        order = read_order(content)
+        score = site.evaluate(job, order)
         metrics: dict[str, Any] = {"correct": score.correct, "loss": score.loss, "num-examples": score.examples}
         return RecordDict({METRICS: MetricRecord(metrics)})
     raise Refused(f"no such order: '{kind}'")
@@ -64,7 +67,7 @@ def answer(site: Site, message: Message) -> Message:
     except (Refused, FedsimError) as error:
         reason = str(error)
     except Exception as error:  # the boundary at which nonsense from the wire ends
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = f"not an order: {type(error).__name__}: {str(error)[:200]}"
     log.warning("%s", reason)
     return Message(Error(FAILED, reason), reply_to=message)
 
@@ -101,7 +104,7 @@ def work(server: str, ca: Path, key: Key, site: Site, *, give_up: float, stay: b
                     return
             except Lost as error:
                 if connection is not None:
-                    connection.close()
+                    connection.drop()
                     connection = None
                 if time.monotonic() - heard > give_up:
                     raise Rejected(f"{server}: no server for {give_up:g} s ({error})") from None

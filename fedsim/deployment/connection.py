@@ -120,6 +120,11 @@ class Connection:
             )
             self._call("PushObject", request)
 
+    def drop(self) -> None:
+        """Give up the line, not the session: the server waits for this client to connect again."""
+        self._over.set()
+        self.channel.close()
+
     def close(self) -> None:
         """Say goodbye, if anybody is there to hear it."""
         self._over.set()

@@ -56,10 +56,8 @@ class Sent:
 
 @dataclass
 class Errand:
-    """One content for several clients, until every one has answered or is given up."""
+    """Questions to several clients, until every one has answered or is given up."""
 
-    content: Callable[[int], RecordDict]
-    kind: str
     open: dict[int, Sent] = field(default_factory=dict)
     answers: dict[int, Message] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
@@ -74,13 +72,13 @@ def exchange(
     Raises:
         FedsimError: all clients are gone for longer than ``patience.absent``.
     """
-    errand = Errand(content, kind)
+    errand = Errand()
     waiting = dict(members)
     started = alone = time.monotonic()
     told = False
     while waiting or errand.open:
         now = time.monotonic()
-        _collect(link, errand)
+        collect(link, errand)
         _look_after(link, errand, waiting, patience)
         for client, member in list(waiting.items()):
             if link.members.present(member, patience.silent):
@@ -93,7 +91,7 @@ def exchange(
             alone = now
             if now - started > patience.order:
                 for client in list(errand.open):
-                    _give_up(link, errand, client, f"no answer within {patience.order:g} s")
+                    give_up(link, errand, client, f"no answer within {patience.order:g} s")
         elif errand.answers or errand.failed:
             errand.failed |= dict.fromkeys(waiting, "the client is gone")
             waiting.clear()
@@ -108,7 +106,8 @@ def exchange(
     return errand
 
 
-def _collect(link: Link, errand: Errand) -> None:
+def collect(link: Link, errand: Errand) -> None:
+    """Move what arrived from ``open`` to ``answers`` or ``failed``."""
     ids = {sent.id: client for client, sent in errand.open.items()}
     for envelope in link.arrived(ids) if ids else []:
         client = ids.get(envelope.metadata.reply_to_message_id)
@@ -122,7 +121,7 @@ def _collect(link: Link, errand: Errand) -> None:
         except Incomplete:
             continue
         except Exception as error:  # the client may have sent anything
-            _give_up(link, errand, client, f"not a reply: {type(error).__name__}")
+            give_up(link, errand, client, f"not a reply: {type(error).__name__}")
             continue
         link.forget([sent.id])
         del errand.open[client]
@@ -144,7 +143,8 @@ def _look_after(link: Link, errand: Errand, waiting: dict[int, Member], patience
         errand.repeated += back
 
 
-def _give_up(link: Link, errand: Errand, client: int, reason: str) -> None:
+def give_up(link: Link, errand: Errand, client: int, reason: str) -> None:
+    """Wait no longer for a client's answer, and refuse it should it come."""
     link.forget([errand.open.pop(client).id])
     errand.failed[client] = reason
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import tempfile
+import time
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,17 @@ from fedsim.data import Dataset, Partition
 from fedsim.deployment.federation import Patience, RemoteFederation, exchange
 from fedsim.deployment.jobs import DONE, JOB, Job
 from fedsim.deployment.link import Link
+from fedsim.deployment.members import Member
 from fedsim.deployment.roster import Roster
 from fedsim.deployment.site import domains_of
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.registry import resolve
 from fedsim.run import drive
 from fedsim.rundir import RunWriter
 from fedsim.worker import WorkerSpec
 
 log = getLogger("fedsim")
+FAREWELL = 40.0  # seconds; a client tries again after at most 30
 
 
 def deployed(config: Config) -> Config:
@@ -126,30 +130,56 @@ def serve(
     check_issuer(cert, ca)
     resumed = (out / "config.toml").exists()
     writer = RunWriter(out, resume=resumed)
+    if resumed and not _same(load_config(out / "config.toml"), config):
+        raise ConfigError(f"{out}: holds a run of another configuration; choose another --out")
     job = Job(to_toml(config), _run_name(out / "run-name"))
     link = Link(listen, cert=cert, key=key, clients=clients)
     try:
         log.info("listening on port %d; run directory %s", link.port, out)
         federation = config.federation
         roster = Roster(link, out / "clients.json", job, domains_of(config), federation.clients_per_domain, patience)
+        if (out / "summary.json").exists():
+            return _finished(roster, out)
         roster.gather()
         with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
             data = stand_in(roster, federation.dataset, Path(folder) / "data")
             planned = plan(config, data)
-            if resumed and load_config(out / "config.toml") != planned.config:
-                raise ConfigError(f"{out}: holds a run of another configuration; choose another --out")
             checkpoints = Checkpoints(out / "checkpoints", planned.config.checkpoint.keep)
             summary = drive(_remote(planned, roster, checkpoints), planned, writer, debug=debug)
-            _dismiss(roster)
+            _dismiss(roster, list(roster.members.values()))
         return summary
     finally:
         link.close()
         writer.close()
 
 
-def _dismiss(roster: Roster) -> None:
-    """Tell the clients that the run is finished; whoever is not there finds nobody and gives up by itself."""
-    here = {c: m for c, m in roster.members.items() if roster.link.members.present(m, roster.patience.silent)}
-    if here:
-        content = RecordDict({JOB: roster.job.record()})
-        exchange(roster.link, here, lambda client: content, DONE, Patience(5.0, 5.0, 5.0))
+def _same(kept: Config, config: Config) -> bool:
+    """``kept`` has the block that was chosen where ``config`` may leave it open."""
+    simulation = config.simulation
+    block = simulation.block or kept.simulation.block
+    return kept == config.model_copy(update={"simulation": simulation.model_copy(update={"block": block})})
+
+
+def _dismiss(roster: Roster, members: list[Member]) -> list[Member]:
+    """Tell clients that the run is finished; returns those that heard it."""
+    here = {i: m for i, m in enumerate(members) if roster.link.members.present(m, roster.patience.silent)}
+    content = RecordDict({JOB: roster.job.record()})
+    try:
+        errand = exchange(roster.link, here, lambda client: content, DONE, Patience(5.0, 5.0, 5.0))
+    except FedsimError:  # they left meanwhile, as they were to
+        return []
+    return [here[i] for i in errand.answers]
+
+
+def _finished(roster: Roster, out: Path) -> dict[str, Any]:
+    """The summary of a run that was finished before. Its server may have been killed before all clients heard so: they
+    try to come back at least every half minute, and those that do are told."""
+    log.info("this run is finished already; telling the clients that come back within %g s", FAREWELL)
+    until = time.monotonic() + min(FAREWELL, roster.patience.absent)
+    waiting = roster.known()
+    while waiting and time.monotonic() < until:
+        for member in _dismiss(roster, waiting):
+            waiting.remove(member)
+        roster.link.wait(0.1)
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary

@@ -11,11 +11,13 @@ from logging import getLogger
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fedsim.deployment.fleet import PUBLIC_KEY_HEADER, FleetServicer, NodeAuthServerInterceptor
 from fedsim.deployment.members import Member, Members
 
 log = getLogger("fedsim")
+UNREADABLE = object()  # in place of a request
 LONG_POLL = 0.5  # seconds a client's question for work is held open
 
 
@@ -29,6 +31,24 @@ class Authentication(NodeAuthServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(
                 lambda request, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "unreadable authentication")
             )
+
+    def _wrap_method_handler(self, method_handler: Any, received_public_key: bytes) -> Any:
+        """Bytes that are no message are the caller's mistake; gRPC would log a stack trace for each."""
+
+        def read(data: bytes) -> Any:
+            try:
+                return method_handler.request_deserializer(data)
+            except DecodeError:
+                return UNREADABLE
+
+        checked = super()._wrap_method_handler(method_handler, received_public_key).unary_unary
+
+        def call(request: Any, context: Any) -> Any:
+            if request is UNREADABLE:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a valid request (no message of this method)")
+            return checked(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(call, read, method_handler.response_serializer)
 
 
 class GuardedServicer(FleetServicer):

@@ -13,7 +13,7 @@ import numpy as np
 from fedsim.build import Plan, plan
 from fedsim.config import Config, parse_config
 from fedsim.data import Dataset, Partition, hold_out, load_dataset, partition
-from fedsim.deployment.jobs import Job, end_of
+from fedsim.deployment.jobs import PER_ROUND, Job, end_of
 from fedsim.errors import ConfigError, DataError
 from fedsim.guard import refuse
 from fedsim.store import ClientStore
@@ -21,6 +21,7 @@ from fedsim.types import ClientState, Order, Reply, Tensors
 from fedsim.worker import EvaluationJob, Score, Worker, WorkerSpec
 
 TASKS = ("train", "statistics", "score")
+UNFOLDED = 64  # models' worth of memory that an order may take
 
 
 class Refused(Exception):
@@ -61,12 +62,15 @@ def own_shard(config: Config, dataset: Dataset, domain: str, client: int) -> tup
     return hold_out(shards, dataset, federation.validation, config.seed) if federation.validation else (shards, None)
 
 
-def refuse_order(order: Order, expected: Tensors, rounds: int) -> str | None:
+def refuse_order(job: Job, order: Order, expected: Tensors, rounds: int, tasks: tuple[str, ...] = TASKS) -> str | None:
     """Why a client should not do this, or None."""
-    if order.task not in TASKS:
-        return f"task '{order.task}', expected {', '.join(TASKS)}"
+    if order.task not in tasks:
+        return f"task '{order.task}', expected {', '.join(tasks)}"
     if order.round > rounds:
         return f"round {order.round} of {rounds}"
+    if job.sequence // PER_ROUND != order.round or job.oldest > order.round:
+        # Either would make this client forget private state that the run still needs.
+        return f"number {job.sequence}, oldest checkpoint {job.oldest}, does not belong to round {order.round}"
     bad = next((n for n, v in order.scalars.items() if not math.isfinite(v)), None)
     if bad is not None or order.scalars.get("lr", 0.0) < 0:
         return f"'{bad or 'lr'}' is {order.scalars[bad or 'lr']!r}"
@@ -95,7 +99,11 @@ class Site:
         self.worker: Worker
 
     def _config(self, job: Job) -> Config:
-        config = parse_config(tomllib.loads(job.config), "the server's configuration")
+        try:
+            values = tomllib.loads(job.config)
+        except ValueError as error:
+            raise ConfigError(f"the server's configuration is not TOML: {error}") from None
+        config = parse_config(values, "the server's configuration")
         if self.domain not in domains_of(config):
             raise ConfigError(f"this client's domain '{self.domain}' is not of the run's: {config.federation.domains}")
         return config
@@ -156,6 +164,16 @@ class Site:
         self.opened = job
         return self.store
 
+    def refuse_size(self, job: Job, size: int) -> None:
+        """
+        Raises:
+            Refused: an order of ``size`` bytes in memory is out of all proportion to the model.
+        """
+        self._open(job)
+        most = UNFOLDED * (sum(v.nbytes for v in self.initial.values()) + 1024)
+        if size > most:
+            raise Refused(f"order refused: its tensors take {size} bytes, {most} at most are expected")
+
     def train(self, job: Job, order: Order) -> tuple[Reply, int]:
         """(reply, examples left out by the last-batch policy).
 
@@ -163,7 +181,7 @@ class Site:
             Refused: the order makes no sense, or the work failed.
         """
         store = self._open(job)
-        reason = refuse_order(order, self.initial, self.plan.config.rounds)
+        reason = refuse_order(job, order, self.initial, self.plan.config.rounds)
         if reason is not None:
             raise Refused(f"order refused: {reason}")
         # Always from the state before this order, so that one sent again gives the same bits.
@@ -178,16 +196,16 @@ class Site:
         store.prune(end_of(job.oldest))
         return result.replies[0][0], result.dropped
 
-    def evaluate(self, job: Job, shared: Tensors) -> Score:
+    def evaluate(self, job: Job, order: Order) -> Score:
         """This client's own model on its test split, or on its held-out examples.
 
         Raises:
-            Refused: the tensors are not the model's.
+            Refused: the order makes no sense, or its tensors are not the model's.
         """
-        store = self._open(job)
-        reason = refuse(shared, self.initial)
+        store, shared = self._open(job), order.shared
+        reason = refuse_order(job, order, self.initial, self.plan.config.rounds, ("evaluate",))
         if reason is not None:
-            raise Refused(f"model refused: {reason}")
+            raise Refused(f"evaluation refused: {reason}")
         store.rewind(job.sequence)
         private = (store.get(job.client) or ClientState(self.private, {})).private
         indices = self.plan.dataset.slice(self.domain, "test")

@@ -64,6 +64,8 @@ def in_process(log: Path, call: Callable[[], object]) -> None:
     except FedsimError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         code = error.exit_code
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = 1

@@ -5,13 +5,17 @@ import signal
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord
 
+from fedsim.deployment import client as module
 from fedsim.deployment import keys
 from fedsim.deployment.client import work
 from fedsim.deployment.federation import Patience
 from fedsim.deployment.site import Site
+from fedsim.flower import SHARED
 from tests.conftest import DOMAINS
 from tests.deployment.test_same_bits import simulated
 
@@ -96,43 +100,66 @@ def spoil(tensors, value):
     return {**tensors, name: value(tensors[name])}
 
 
-MALFORMED = [
-    lambda r: replace(r, shared=spoil(r.shared, lambda v: v * float("nan"))),
-    lambda r: replace(r, shared=spoil(r.shared, lambda v: v + float("inf"))),
-    lambda r: replace(r, shared=spoil(r.shared, lambda v: torch.ones(1))),
-    lambda r: replace(r, shared=spoil(r.shared, lambda v: v.double())),
-    lambda r: replace(r, shared=spoil(r.shared, lambda v: v.long())),
-    lambda r: replace(r, shared=spoil(r.shared, lambda v: v.to(torch.complex64))),
-    lambda r: replace(r, shared=dict(list(r.shared.items())[1:])),
-    lambda r: replace(r, shared={**r.shared, "more": torch.ones(1)}),
-    lambda r: replace(r, examples=-5),
-    lambda r: replace(r, examples=0),
-    lambda r: replace(r, examples=10**6),
-    lambda r: replace(r, examples=float("nan")),
-    lambda r: replace(r, metrics={**r.metrics, "loss": float("nan")}),
-    lambda r: replace(r, metrics={}),
-    lambda r: replace(r, report={"x": torch.tensor(float("nan"))}),
-]
+def shared(value):
+    return lambda r: replace(r, shared=spoil(r.shared, value))
+
+
+# The fifteen kinds of specs/flower.md, then what our own messages have beside them. Right: what the reason says.
+MALFORMED = {
+    "NaN": (shared(lambda v: v * float("nan")), "not finite"),
+    "infinite": (shared(lambda v: v + float("inf")), "not finite"),
+    "shape (1,)": (shared(lambda v: torch.ones(1)), "has shape (1,)"),
+    "float64": (shared(lambda v: v.double()), "torch.float64"),
+    "int64": (shared(lambda v: v.long()), "torch.int64"),
+    "count negative": (lambda r: replace(r, examples=-5), "example count is -5"),
+    "count NaN": (lambda r: replace(r, examples=float("nan")), "example count is nan"),
+    "count infinite": (lambda r: replace(r, examples=float("inf")), "example count is inf"),
+    "count 1e18": (lambda r: replace(r, examples=10**18), "the shard holds"),
+    "count 0": (lambda r: replace(r, examples=0), "expected at least 1"),
+    "wrong shape": (shared(torch.flatten), "has shape"),
+    "string": (None, "not a reply"),
+    "complex": (shared(lambda v: v.to(torch.complex64)), "torch.complex64"),
+    "missing key": (lambda r: replace(r, shared=dict(list(r.shared.items())[1:])), "is missing"),
+    "extra key": (lambda r: replace(r, shared={**r.shared, "more": torch.ones(1)}), "not part of the model"),
+    "metric NaN": (lambda r: replace(r, metrics={**r.metrics, "loss": float("nan")}), "metric 'loss' is nan"),
+    "no metrics": (lambda r: replace(r, metrics={}), "metrics are missing"),
+    "report NaN": (lambda r: replace(r, report={"x": torch.tensor(float("nan"))}), "report 'x'"),
+}
 
 
 def test_malformed_updates_are_left_out_by_name(deploy):
+    kinds = list(MALFORMED)
+
     class Hostile(Site):
         def train(self, job, order):
             reply, dropped = super().train(job, order)
-            return MALFORMED[order.round - 1](reply), dropped
+            self.kind = kinds[order.round - 1]
+            return (MALFORMED[self.kind][0] or (lambda r: r))(reply), dropped
 
-    deployment = deploy(rounds=len(MALFORMED))
+    deployment = deploy(rounds=len(kinds))
     server = deployment.server()
     for domain in DOMAINS[:2]:
         deployment.client(domain)
-    hostile = lambda: work(  # noqa: E731
-        f"127.0.0.1:{deployment.port}",
-        deployment.pki / "ca.crt",
-        keys.read_key(deployment.pki / "scan.key"),
-        Hostile("scan", str(deployment.dataset.folder), None),
-        give_up=60,
-    )
+
+    def hostile() -> None:
+        site = Hostile("scan", str(deployment.dataset.folder), None)
+        honest = module.reply_content
+
+        def reply_content(*given):
+            content = honest(*given)
+            if site.kind == "string":  # torch has none
+                record = content[SHARED]
+                content[SHARED] = ArrayRecord({**record, next(iter(record)): Array(np.array(["text"]))})
+            return content
+
+        module.reply_content = reply_content
+        secret = keys.read_key(deployment.pki / "scan.key")
+        work(f"127.0.0.1:{deployment.port}", deployment.pki / "ca.crt", secret, site, give_up=60)
+
     deployment._start("scan", hostile)
     assert server.wait() == 0, server.text()
-    rejected = [(e["round"], e["client"]) for e in deployment.events() if e["event"] == "rejected"]
-    assert rejected == [(round, 2) for round in range(1, len(MALFORMED) + 1)]
+    rejected = [e for e in deployment.events() if e["event"] == "rejected"]
+    assert [(e["round"], e["client"]) for e in rejected] == [(n, 2) for n in range(1, len(kinds) + 1)]
+    for kind, event in zip(kinds, rejected):
+        assert MALFORMED[kind][1] in event["reason"], (kind, event)
+        assert f"round {event['round']}: client 2 left out: {event['reason'][:30]}" in server.text()

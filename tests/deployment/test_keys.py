@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import ssl
 from concurrent import futures
 
 import grpc
@@ -113,7 +114,11 @@ def strangers(deployment) -> None:
     big = fleet.PushObjectRequest(node=mine.node, object_content=b"0" * (17 << 20))
     attempt("too big", signed, "PushObject", big)
     attempt("not offered", mine.channel, "GetFab", fleet.PullMessagesRequest(node=mine.node))
-    idle = [socket.create_connection(("127.0.0.1", deployment.port)) for _ in range(400)]
+    idle: list[socket.socket] = [socket.create_connection(("127.0.0.1", deployment.port)) for _ in range(900)]
+    trusting = ssl.create_default_context(cafile=deployment.pki / "ca.crt")
+    trusting.set_alpn_protocols(["h2"])
+    idle += [trusting.wrap_socket(connection, server_hostname="127.0.0.1") for connection in idle[:100]]
+    idle[:100] = [socket.create_connection(("127.0.0.1", deployment.port)) for _ in range(100)]
     attempt("beside idle connections", mine.channel, "PullMessages", fleet.PullMessagesRequest(node=mine.node))
     for connection in idle:
         with contextlib.suppress(OSError):
