@@ -12,6 +12,7 @@ from fedsim.config import Config
 from fedsim.data import Dataset, Partition, from_config, hold_out, set_apart
 from fedsim.engine import Federation, block_size
 from fedsim.errors import ConfigError
+from fedsim.evaluation import Mode, modes_of
 from fedsim.examples import Examples
 from fedsim.local import ClientTask
 from fedsim.models import build_model
@@ -43,6 +44,7 @@ class Plan:
     validation: Partition | None
     strategy: Strategy
     cohort: int
+    modes: dict[str, Mode]
 
 
 def optimizer_of(config: Config) -> Optimizer:
@@ -117,6 +119,7 @@ def plan(config: Config, data: Data | None = None) -> Plan:
             f"training.batch-size = {config.training.batch_size}: BatchNorm normalizes by statistics of the batch, and"
             f" one example has none; expected {task.smallest_batch} or more, or a normalization of each example alone"
         )
+    modes = modes_of(config, task, deployed=data is not None)
     torch.set_num_threads(1)  # sums over threads would make the server's bits depend on their number
     examples = Examples(dataset, dtype=getattr(torch, config.training.dtype))
     if config.training.pretrain_epochs:
@@ -134,7 +137,7 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     config = config.model_copy(update={"simulation": simulation})
     strategy = server_of(parts, task, config)
     strategy.public = examples.batch("train", public)
-    return Plan(config, parts, task, dataset, shards, validation, strategy, cohort)
+    return Plan(config, parts, task, dataset, shards, validation, strategy, cohort, modes)
 
 
 def pool_of(spec: WorkerSpec, config: Config) -> Pool:
@@ -164,6 +167,7 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         rounds=config.rounds,
         executor=config.simulation.executor,
         evaluation_batch=config.evaluation.batch_size,
+        modes=plan.modes,
         device="cuda" if config.simulation.gpus_per_worker else "cpu",
         debug=debug,
     )
@@ -176,4 +180,5 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         block=config.simulation.block,
         validation=validation,
         unseen=config.federation.leave_out,
+        never_sampled=config.evaluation.never_sampled,
     )
