@@ -13,6 +13,7 @@ from strategies.fedprox import FedProx
 from strategies.fedtiny import FedTiny
 from strategies.fedwon import FedWon
 from strategies.personal import FedBABU, FedPer, FedRep
+from strategies.pooled_statistics import PooledStatistics
 from strategies.prunefl import FedDST, PruneFL
 from strategies.scaffold import Scaffold
 from strategies.server_rate import FedExP, ServerRate
@@ -38,6 +39,7 @@ __all__ = [
     "FedWon",
     "FixBN",
     "LocalOnly",
+    "PooledStatistics",
     "PruneFL",
     "Scaffold",
     "ServerRate",
