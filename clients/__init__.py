@@ -2,6 +2,7 @@
 
 from clients.adapters import Adapters
 from clients.clipping import AdaptiveGradientClipping
+from clients.evaluation import AdaBN, AlphaBN, UnMixTNS
 from clients.learning_rate import HypergradientRate, ReleasedRate
 from clients.norm_variants import AffineOnly, ReplaceBatchNorm, ReplaceWithActivation, StandardizeBeforeNorm
 from clients.normalization import (
@@ -17,9 +18,11 @@ from clients.pruning import MaskedTraining
 from clients.update_norm import UpdateNorm
 
 __all__ = [
+    "AdaBN",
     "Adapters",
     "AdaptiveGradientClipping",
     "AffineOnly",
+    "AlphaBN",
     "FixedStatistics",
     "HypergradientRate",
     "LocalNormalization",
@@ -33,5 +36,6 @@ __all__ = [
     "StandardizeBeforeNorm",
     "StandardizedConv2d",
     "StandardizedWeights",
+    "UnMixTNS",
     "UpdateNorm",
 ]

@@ -29,7 +29,7 @@ from fedsim.registry import Part, register
 Make = Callable[[int], nn.Module]
 
 
-def _has_batch_norm(task: ClientTask, config: Config) -> str | None:
+def has_batch_norm(task: ClientTask, config: Config) -> str | None:
     return None if config.model.norm == "bn" else f"it replaces BatchNorm, and model.norm = '{config.model.norm}'"
 
 
@@ -115,45 +115,45 @@ class AffineOnly(Plugin):
 @register("normalization", "in")
 def instance(config: Config) -> Part:
     images = lambda c: nn.InstanceNorm2d(c, affine=True)  # noqa: E731
-    return Part((ReplaceBatchNorm(images, nn.LayerNorm),), check=_has_batch_norm)
+    return Part((ReplaceBatchNorm(images, nn.LayerNorm),), check=has_batch_norm)
 
 
 @register("normalization", "bcn")
 def batch_channel(config: Config) -> Part:
-    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(BatchChannelNorm2d, nn.LayerNorm)), check=_has_batch_norm)
+    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(BatchChannelNorm2d, nn.LayerNorm)), check=has_batch_norm)
 
 
 @register("normalization", "bcn-estimated")
 def batch_channel_estimated(config: Config) -> Part:
     images = lambda c: BatchChannelNorm2d(c, estimated=True)  # noqa: E731
-    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(images, nn.LayerNorm)), check=_has_batch_norm)
+    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(images, nn.LayerNorm)), check=has_batch_norm)
 
 
 @register("normalization", "ibn-a")
 def ibn_a(config: Config) -> Part:
-    return Part((ReplaceBatchNorm(InstanceBatchNorm2d, keep_last=True),), check=_has_batch_norm)
+    return Part((ReplaceBatchNorm(InstanceBatchNorm2d, keep_last=True),), check=has_batch_norm)
 
 
 @register("normalization", "ghost")
 def ghost(config: Config, *, ghost_size: int = 8) -> Part:
     layer = lambda c: GhostBatchNorm2d(c, ghost_size)  # noqa: E731
-    return Part((ReplaceBatchNorm(layer, layer),), check=_has_batch_norm)
+    return Part((ReplaceBatchNorm(layer, layer),), check=has_batch_norm)
 
 
 @register("normalization", "evonorm-s0")
 def evonorm_s0(config: Config) -> Part:
-    return Part((ReplaceWithActivation(EvoNormS0, nn.LayerNorm),), check=_has_batch_norm)
+    return Part((ReplaceWithActivation(EvoNormS0, nn.LayerNorm),), check=has_batch_norm)
 
 
 @register("normalization", "evonorm-b0")
 def evonorm_b0(config: Config) -> Part:
-    return Part((ReplaceWithActivation(EvoNormB0, nn.BatchNorm1d),), check=_has_batch_norm)
+    return Part((ReplaceWithActivation(EvoNormB0, nn.BatchNorm1d),), check=has_batch_norm)
 
 
 @register("normalization", "adab2n")
 def adab2n(config: Config, *, ada_kappa: float = 0.5) -> Part:
     layer = lambda c: AdaptiveMomentumBatchNorm2d(c, ada_kappa)  # noqa: E731
-    return Part((ReplaceBatchNorm(layer, layer),), check=_has_batch_norm)
+    return Part((ReplaceBatchNorm(layer, layer),), check=has_batch_norm)
 
 
 @register("normalization", "affine-only")

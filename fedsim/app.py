@@ -18,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedsim.build import Plan, plan
 from fedsim.checkpoint import state_sha256
 from fedsim.config import Algorithm, Config, kebab, parse_config
+from fedsim.errors import ConfigError
 from fedsim.flower import METRICS, log, read_order, reply_content
 from fedsim.registry import relevant_options
 from fedsim.types import ClientState
@@ -81,6 +82,8 @@ def _key(context: Context) -> str:
 def main(grid: Grid, context: Context) -> None:
     planned = _plan(_key(context))
     strategy, config = planned.strategy, planned.config
+    if planned.modes:
+        raise ConfigError("evaluation.modes: Flower's own rounds have none; use 'fedsim run' or 'fedsim server'")
     strategy.fraction_train, strategy.seed = planned.cohort / len(planned.shards), config.seed
     shared, _ = planned.task.initial()
     result = strategy.start(grid, to_dense_arrays(shared), num_rounds=config.rounds)

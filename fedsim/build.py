@@ -13,6 +13,7 @@ from fedsim.data import Dataset, Partition, from_config, hold_out, set_apart
 from fedsim.data.augment import augmentation
 from fedsim.engine import Federation, block_size
 from fedsim.errors import ConfigError
+from fedsim.evaluation import Mode, modes_of
 from fedsim.examples import Examples
 from fedsim.guard import Policy
 from fedsim.local import ClientTask
@@ -45,6 +46,7 @@ class Plan:
     validation: Partition | None
     strategy: Strategy
     cohort: int
+    modes: dict[str, Mode]
 
 
 def optimizer_of(config: Config) -> Optimizer:
@@ -120,6 +122,7 @@ def plan(config: Config, data: Data | None = None) -> Plan:
             f" one example has none; expected {task.smallest_batch} or more, or a normalization of each example alone"
         )
     augmentation(config.training.augment)  # a name the workers would not know is refused here, before they start
+    modes = modes_of(config, task, deployed=data is not None)
     torch.set_num_threads(1)  # sums over threads would make the server's bits depend on their number
     examples = Examples(dataset, dtype=getattr(torch, config.training.dtype))
     if config.training.pretrain_epochs:
@@ -144,7 +147,7 @@ def plan(config: Config, data: Data | None = None) -> Plan:
             f"algorithm: the aggregation rule needs the updates of {strategy.needs} clients, a round has {cohort};"
             " take more clients, a higher federation.participation, or a rule that needs fewer"
         )
-    return Plan(config, parts, task, dataset, shards, validation, strategy, cohort)
+    return Plan(config, parts, task, dataset, shards, validation, strategy, cohort, modes)
 
 
 def policy_of(config: Config) -> Policy:
@@ -180,6 +183,7 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         rounds=config.rounds,
         executor=config.simulation.executor,
         evaluation_batch=config.evaluation.batch_size,
+        modes=plan.modes,
         device="cuda" if config.simulation.gpus_per_worker else "cpu",
         debug=debug,
         max_update_norm=config.guard.max_update_norm,
@@ -195,4 +199,5 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         unseen=config.federation.leave_out,
         policy=policy_of(config),
         needs=plan.strategy.needs,
+        never_sampled=config.evaluation.never_sampled,
     )

@@ -114,11 +114,12 @@ def sweep(
 
 @app.command(name="list")
 def list_() -> None:
-    """List strategies, the parts of each axis with their options, models and data sets."""
+    """List strategies, the parts of each axis with their options, evaluation modes, models and data sets."""
     from rich.console import Console
 
     from fedsim.config import kebab, toml_value
     from fedsim.data import NAMES
+    from fedsim.evaluation import mode_names
     from fedsim.models import model_names
     from fedsim.registry import AXES, options_of, parts, presets
 
@@ -131,6 +132,7 @@ def list_() -> None:
         for name, builder in parts(axis).items():
             options = ", ".join(f"{kebab(k)} = {toml_value(v)}" for k, v in options_of(builder).items())
             console.print(f"  {name:22} {options}", highlight=False)
+    console.print("[bold]evaluation modes[/bold] (evaluation.modes)\n  " + ", ".join(mode_names()), highlight=False)
     console.print("[bold]models[/bold] (model.name)\n  " + ", ".join(model_names()), highlight=False)
     console.print("[bold]data sets[/bold] (federation.dataset)\n  " + ", ".join(NAMES), highlight=False)
 

@@ -108,6 +108,13 @@ class SimulationSection(Section):
 class Evaluation(Section):
     every: Count = 1
     batch_size: Count = 250
+    modes: str = Field("", description="comma-separated evaluation modes, scored beside the ordinary evaluation")
+    modes_every: Annotated[int, Field(ge=0)] = Field(0, description="rounds between them; 0: after the last alone")
+    alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="weight of the test batch in alpha-bn")
+    components: Count = Field(16, description="components of unmix-tns")
+    never_sampled: Literal["initial", "mean"] = Field(
+        "initial", description="in the modes, the private tensors of a client that has never trained"
+    )
 
 
 class Checkpoint(Section):

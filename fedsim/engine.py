@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Federation:
         validation: held-out training examples of each client, if any.
         unseen: a domain that no client holds, or "".
         policy: what is asked of updates. needs: updates without which the server rule cannot work.
+        never_sampled: what a client that has never trained keeps in an evaluation mode: ``initial`` or ``mean``.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class Federation:
         unseen: str = "",
         policy: Policy = WELL_FORMED,
         needs: int = 1,
+        never_sampled: str = "initial",
     ):
         self.spec, self.pool, self.store = spec, pool, store
         self.cohort, self.block = cohort, block
-        self.validation, self.unseen = validation, unseen
+        self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
         self.shared, self.private = spec.task.initial()
         self.policy, self.needs = policy, needs
         self.failures: list[Failure] = []
@@ -90,8 +93,12 @@ class Federation:
     def newcomer(self) -> Tensors:
         """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
         (the advice of FedBN's authors for external clients), or the initial ones if none has."""
-        states = [state.private for c in range(len(self)) if (state := self.store.get(c))] if self.private else []
+        states = self.kept()
         return mean(merge(Partial.of(s, 1.0) for s in states), self.private) if states else self.private
+
+    def kept(self) -> list[Tensors]:
+        """Private tensors of the clients that have trained."""
+        return [state.private for c in range(len(self)) if (state := self.store.get(c))] if self.private else []
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         """Carry out an order.
@@ -146,7 +153,28 @@ class Federation:
         client's own model is scored on the test split of each domain it holds data of. ``validation`` scores each
         client on its held-out examples; ``unseen`` scores the model of a newcomer on the domain left out.
         """
-        jobs = list(self._jobs(split))
+        return self._evaluate(shared, list(self._jobs(split)))
+
+    def evaluate_mode(self, shared: Tensors, name: str, split: str = "test") -> list[Score]:
+        """The same under an evaluation mode; ``split`` is ``test`` or ``unseen``."""
+        mode = self.spec.modes[name]
+        if split not in mode.splits:
+            return []
+        kept = self.kept()
+        gathered = mode.gather(kept or [self.private]) if mode.gathers else {}
+        if mode.every_model:
+            indices = self.spec.dataset.slice(self.unseen, "test")
+            trained = [c for c in range(len(self)) if self.store.get(c)]
+            jobs = [EvaluationJob(c, self.unseen, split, indices, self.state(c).private) for c in trained]
+        else:
+            jobs = list(self._jobs(split, every_client=mode.own_examples))
+        newcomer = self.newcomer() if self.never_sampled == "mean" and split == "test" else {}
+        for i, job in enumerate(jobs):
+            replaced = newcomer if job.client >= 0 and not self.store.get(job.client) else {}
+            jobs[i] = replace(job, mode=name, private={**job.private, **replaced, **gathered})
+        return mode.choose(self._evaluate(shared, jobs))
+
+    def _evaluate(self, shared: Tensors, jobs: list[EvaluationJob]) -> list[Score]:
         chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
         results: list[list[Score]] = [[] for _ in chunks]
         for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
@@ -155,7 +183,7 @@ class Federation:
             results[number] = result
         return [score for result in results for score in result]
 
-    def _jobs(self, split: str) -> Iterable[EvaluationJob]:
+    def _jobs(self, split: str, *, every_client: bool = False) -> Iterable[EvaluationJob]:
         dataset, shards = self.spec.dataset, self.spec.shards
         if split == "validation":
             if self.validation is None:
@@ -167,7 +195,7 @@ class Federation:
         elif split == "unseen":
             if self.unseen:
                 yield EvaluationJob(-1, self.unseen, split, dataset.slice(self.unseen, "test"), self.newcomer())
-        elif not self.private:
+        elif not self.private and not every_client:
             for domain in shards.domains:
                 yield EvaluationJob(-1, domain, split, dataset.slice(domain, "test"))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import platform
 import resource
@@ -282,6 +283,9 @@ class _Run:
         if unseen := federation.evaluate(shared, "unseen"):
             self._record(round, unseen)
             self.latest["unseen_accuracy"] = {s.domain: s.correct / s.examples for s in unseen}
+        often = self.config.evaluation.modes_every
+        if round >= self.config.rounds or (often and round % often == 0):
+            self._evaluate_modes(federation, round, shared)
         held_out = federation.evaluate(shared, "validation")
         if held_out:
             self._record(round, held_out)
@@ -292,11 +296,27 @@ class _Run:
                 self.best = {"round": round, "validation_accuracy": validation, "accuracy": accuracy}
         self.progress.update(round, accuracy=accuracy, loss=self.latest.get("loss"), examples=self.totals.examples_seen)
 
-    def _record(self, round: int, scores: list[Score]) -> None:
+    def _evaluate_modes(self, federation: Federation, round: int, shared: Tensors) -> None:
+        """Every mode on every split it is for; in the metrics as split ``test/MODE`` and ``unseen/MODE``."""
+        domains = {"test": self.plan.shards.domains, "unseen": (self.config.federation.leave_out,)}
+        found: dict[str, Any] = {}
+        for name, split in itertools.product(self.plan.modes, domains):
+            if not domains[split][0]:
+                continue
+            if scores := federation.evaluate_mode(shared, name, split):
+                self._record(round, scores, f"{split}/{name}")
+                worst = min(s.correct / s.examples for s in scores)
+                entry = {"accuracy": by_domain(scores, domains[split]), "worst_client": worst}
+                found.setdefault(split, {})[name] = entry
+        if found:
+            size = self.config.evaluation.batch_size
+            self.latest["modes"] = {"round": round, "batch_size": size, "order": "shuffled by the seed", **found}
+
+    def _record(self, round: int, scores: list[Score], split: str = "") -> None:
         rows = []
         for s in scores:
-            rows.append((round, s.client, s.domain, s.split, "accuracy", s.correct, s.examples))
-            rows.append((round, s.client, s.domain, s.split, "loss", s.loss, s.examples))
+            rows.append((round, s.client, s.domain, split or s.split, "accuracy", s.correct, s.examples))
+            rows.append((round, s.client, s.domain, split or s.split, "loss", s.loss, s.examples))
         self.metrics.add(rows)
 
     def _parameters(self) -> int:
@@ -351,6 +371,8 @@ class _Run:
         }
         if "unseen_accuracy" in self.latest:
             summary["unseen_accuracy"] = self.latest["unseen_accuracy"]
+        if "modes" in self.latest:
+            summary["modes"] = self.latest["modes"]
         if self.best:
             summary["validation_accuracy"] = self.latest["validation_accuracy"]
             summary["selected"] = self.best

@@ -8,6 +8,7 @@ import gc
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from fedsim.batches import BatchPlan, batch_plan
 from fedsim.config import Training
 from fedsim.data import Dataset, Partition
+from fedsim.evaluation import Mode, Predict, mode_batches
 from fedsim.examples import Examples
 from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_norm, refuse_report, rows_finite
@@ -43,6 +45,7 @@ class WorkerSpec:
     rounds: int
     executor: str = "loop"
     evaluation_batch: int = 250
+    modes: dict[str, Mode] = field(default_factory=dict)
     device: str = "cpu"
     debug: bool = False
     max_update_norm: float = 0.0  # see fedsim.guard.Policy
@@ -86,13 +89,17 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One model on some examples: ``client`` -1 is the global model, otherwise ``private`` completes it."""
+    """One model on some examples: ``client`` -1 is the global model, otherwise ``private`` completes it.
+
+    ``mode``: name of an evaluation mode; empty: the model as it is, which is the ordinary evaluation.
+    """
 
     client: int
     domain: str
     split: str  # test | validation | unseen
     indices: np.ndarray
     private: Tensors = field(default_factory=dict)
+    mode: str = ""
 
 
 @dataclass(frozen=True)
@@ -307,12 +314,32 @@ class Worker:
             for name, value in {**shared, **job.private}.items():
                 named[name].copy_(value)
             split = "train" if job.split == "validation" else "test"  # validation examples are held-out training ones
-            hits, loss, size = 0.0, 0.0, self.spec.evaluation_batch
-            for start in range(0, len(job.indices), size):
-                x, y = self.examples.batch(split, job.indices[start : start + size])
-                output = model(x)
-                logits = output[0] if isinstance(output, tuple) else output
-                hits += float(correct(logits, y))
-                loss += float(F.cross_entropy(logits.flatten(0, -2), y.flatten())) * len(y)
+            hits, loss = 0.0, 0.0
+            with self._predictor(job) as (predict, batches):
+                for indices in batches:
+                    x, y = self.examples.batch(split, indices)
+                    output = predict(x)
+                    logits = output[0] if isinstance(output, tuple) else output
+                    hits += float(correct(logits, y))
+                    loss += float(F.cross_entropy(logits.flatten(0, -2), y.flatten())) * len(y)
             scores.append(Score(job.client, job.domain, job.split, hits, loss, len(job.indices)))
         return scores
+
+    @contextmanager
+    def _predictor(self, job: EvaluationJob) -> Iterator[tuple[Predict, list[np.ndarray]]]:
+        """(what to call on each batch, the batches) of a job whose tensors are loaded."""
+        size = self.spec.evaluation_batch
+        if not job.mode:
+            yield self.task.model, [job.indices[i : i + size] for i in range(0, len(job.indices), size)]
+            return
+        batches = mode_batches(job.indices, size, self.spec.seed)
+
+        def target() -> Iterator[torch.Tensor]:
+            return (self.examples.batch("test", indices)[0] for indices in batches)
+
+        def source() -> Iterator[torch.Tensor]:
+            own = mode_batches(self.spec.shards[job.client], size, self.spec.seed)
+            return (self.examples.batch("train", indices)[0] for indices in own)
+
+        with self.spec.modes[job.mode].open(self.task.model, target, source) as predict:
+            yield predict, batches

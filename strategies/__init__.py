@@ -13,6 +13,7 @@ from strategies.fedprox import FedProx
 from strategies.fedtiny import FedTiny
 from strategies.fedwon import FedWon
 from strategies.personal import FedBABU, FedPer, FedRep
+from strategies.pooled_statistics import PooledStatistics
 from strategies.prunefl import FedDST, PruneFL
 from strategies.robust import Robust
 from strategies.scaffold import Scaffold
@@ -39,6 +40,7 @@ __all__ = [
     "FedWon",
     "FixBN",
     "LocalOnly",
+    "PooledStatistics",
     "PruneFL",
     "Robust",
     "Scaffold",

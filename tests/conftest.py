@@ -18,6 +18,7 @@ from fedsim.build import task_of
 from fedsim.config import Config, parse_config
 from fedsim.data import Dataset, Partition
 from fedsim.engine import Federation, block_size
+from fedsim.evaluation import modes_of
 from fedsim.examples import Examples
 from fedsim.models import model_names
 from fedsim.pool import InProcess
@@ -98,6 +99,8 @@ class Small:
             self.config.seed,
             self.config.rounds,
             executor,
+            evaluation_batch=self.config.evaluation.batch_size,
+            modes=modes_of(self.config, self.task),
             debug=True,
         )
         size = self.config.simulation.block or block_size(executor, len(self.shards), 1 << 20)

@@ -200,3 +200,24 @@ def test_initial_weights_are_recorded_and_a_resumed_run_wants_the_same_file(conf
 def test_help_without_arguments():
     done = fedsim(check=False)
     assert "fedsim run" in done.stdout + done.stderr
+
+
+def test_evaluation_modes_stand_beside_the_ordinary_evaluation(config, tmp_path):
+    """In summary and metrics, after the last round; the training and the ordinary figures keep their bits."""
+    from fedsim.config import load_config
+    from fedsim.results.store import MetricStore
+    from fedsim.run import run
+
+    modes = "own,mean,reestimated,adabn,unmix-tns"
+    a = run(load_config(config()), tmp_path / "plain")
+    overrides = [f"evaluation.modes={modes}", "evaluation.batch-size=6"]
+    b = run(load_config(config(), overrides), tmp_path / "moded")
+    assert a["state_sha256"] == b["state_sha256"]
+    assert a["accuracy"] == b["accuracy"]
+    assert "modes" not in a
+    assert (b["modes"]["round"], b["modes"]["batch_size"]) == (6, 6)
+    assert list(b["modes"]["test"]) == modes.split(",")
+    assert b["modes"]["test"]["own"]["accuracy"] == b["accuracy"]
+    store = MetricStore(tmp_path / "moded" / "metrics.sqlite", create=False)
+    curves = store.by_domain("accuracy", "test/adabn")
+    assert {d: v for d, [(_, v)] in curves.items()} == pytest.approx(b["modes"]["test"]["adabn"]["accuracy"])

@@ -283,18 +283,25 @@ class RemoteFederation(Federation):
     def evaluate(self, shared: Tensors, split: str = "test") -> list[Score]:
         """Clients evaluate on what they hold. Without private tensors the first client of a domain that answers
         stands for its domain, as the simulation scores each domain once."""
+        return self._evaluate_remotely(shared, split)
+
+    def evaluate_mode(self, shared: Tensors, name: str, split: str = "test") -> list[Score]:
+        """Each client applies the mode to its own model where its data are; the result is as in a simulation."""
+        return self._evaluate_remotely(shared, split, name) if split in self.spec.modes[name].splits else []
+
+    def _evaluate_remotely(self, shared: Tensors, split: str, mode: str = "") -> list[Score]:
         if split == "unseen":
             return []  # a left-out domain has no client
         column = {"test": 2, "validation": 1}[split]
         clients = [c for c in range(len(self)) if self.sizes[c][column]]
         if not clients:
             return []
-        single = split == "test" and not self.private
+        single = split == "test" and not self.private and not (mode and self.spec.modes[mode].own_examples)
         if single:
             each = len(self) // len(self.spec.shards.domains)
             clients = clients[::each]
         round = max(self.round, 1)
-        job = replace(self.job, sequence=end_of(round), oldest=self.oldest(), split=split)
+        job = replace(self.job, sequence=end_of(round), oldest=self.oldest(), split=split, mode=mode)
         content = order_content(Order(round, shared, task="evaluate"))
         errand = self._exchange(content, "evaluate", clients, job)
         scores = []

@@ -32,7 +32,7 @@ class Job:
         client: the client's number, -1 before it has one.
         sequence: of the order; the client forgets what it kept at this one or later.
         oldest: round of the oldest checkpoint; what was before can never be asked for again.
-        split: of an evaluation.
+        split, mode: of an evaluation; no mode: the ordinary one.
     """
 
     config: str
@@ -41,6 +41,7 @@ class Job:
     sequence: int = 0
     oldest: int = 0
     split: str = "test"
+    mode: str = ""
 
     def record(self) -> ConfigRecord:
         return ConfigRecord(asdict(self))  # type: ignore[arg-type]

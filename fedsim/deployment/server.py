@@ -89,7 +89,14 @@ def _run_name(path: Path) -> str:
 def _remote(planned: Plan, roster: Roster, checkpoints: Checkpoints) -> RemoteFederation:
     config = planned.config
     spec = WorkerSpec(
-        planned.task, planned.dataset, planned.shards, config.training, config.seed, config.rounds, debug=False
+        planned.task,
+        planned.dataset,
+        planned.shards,
+        config.training,
+        config.seed,
+        config.rounds,
+        modes=planned.modes,
+        debug=False,
     )
     before = -planned.strategy.setup_rounds
 

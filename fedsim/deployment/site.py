@@ -151,9 +151,17 @@ class Site:
         shards, validation = own_shard(config, dataset, self.domain, job.client)
         self.plan = plan(config, (dataset, shards, validation))
         config = self.plan.config
-        training, batch = config.training, config.evaluation.batch_size
         self.worker = Worker(
-            WorkerSpec(self.plan.task, dataset, shards, training, config.seed, config.rounds, evaluation_batch=batch)
+            WorkerSpec(
+                self.plan.task,
+                dataset,
+                shards,
+                config.training,
+                config.seed,
+                config.rounds,
+                evaluation_batch=config.evaluation.batch_size,
+                modes=self.plan.modes,
+            )
         )
         self.initial, self.private = self.plan.task.initial()
         if self.store is not None:
@@ -197,13 +205,16 @@ class Site:
         return result.replies[0][0], result.dropped
 
     def evaluate(self, job: Job, order: Order) -> Score:
-        """This client's own model on its test split, or on its held-out examples.
+        """This client's own model on its test split, or on its held-out examples; under an evaluation mode if asked.
 
         Raises:
-            Refused: the order makes no sense, or its tensors are not the model's.
+            Refused: the order makes no sense, its tensors are not the model's, or the run's configuration does not list
+                the mode.
         """
         store, shared = self._open(job), order.shared
         reason = refuse_order(job, order, self.initial, self.plan.config.rounds, ("evaluate",))
+        if reason is None and job.mode and (job.mode not in self.plan.modes or job.split != "test"):
+            reason = f"no mode '{job.mode}' for '{job.split}' in the run's configuration"
         if reason is not None:
             raise Refused(f"evaluation refused: {reason}")
         store.rewind(job.sequence)
@@ -211,7 +222,8 @@ class Site:
         indices = self.plan.dataset.slice(self.domain, "test")
         if job.split == "validation":
             indices = self.plan.validation[job.client] if self.plan.validation is not None else indices[:0]
-        (score,) = self.worker.evaluate(shared, [EvaluationJob(job.client, self.domain, job.split, indices, private)])
+        work = EvaluationJob(job.client, self.domain, job.split, indices, private, job.mode)
+        (score,) = self.worker.evaluate(shared, [work])
         return score
 
     def close(self) -> None:

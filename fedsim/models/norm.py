@@ -15,7 +15,10 @@ from fedsim.errors import ConfigError
 from fedsim.models.norm_layers import BatchChannelNorm2d, EstimatedBatchNorm2d, EvoNormB0, EvoNormS0
 
 NORMS = ("bn", "gn", "ln", "none")
-BUFFERS = {"running_mean": "stats", "running_var": "stats", "num_batches_tracked": "counter"}
+BUFFERS = {
+    **dict.fromkeys(("running_mean", "running_var", "seen_mean", "seen_square"), "stats"),
+    **dict.fromkeys(("num_batches_tracked", "seen_batches"), "counter"),
+}
 
 # SyncBatchNorm and timm's BatchNormAct2d are _BatchNorm. LocalResponseNorm has no tensors.
 NORM_TYPES: tuple[type[nn.Module], ...] = (

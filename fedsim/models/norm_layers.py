@@ -178,3 +178,37 @@ class AdaptiveMomentumBatchNorm2d(nn.BatchNorm2d):
         self.running_mean.copy_((1 - eta) * self.running_mean + eta * mean)
         self.running_var.copy_((1 - eta) * self.running_var + eta * var)
         return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class PooledBatchNorm2d(nn.BatchNorm2d):
+    """FBN's layer (Guerraoui et al., arXiv 2405.14670): training, too, normalizes by the running statistics, which are
+    the federation's and stand still during local training. Gradients do not flow through them.
+
+    Training steps collect what the server pools: ``seen_mean`` m = mean of the batches' means, ``seen_square`` v + m^2
+    with v = mean of their (unbiased) variances, ``seen_batches`` how many. The server sets them to zero.
+    """
+
+    seen_mean: Tensor
+    seen_square: Tensor
+    seen_batches: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.register_buffer("seen_mean", torch.zeros(channels))
+        self.register_buffer("seen_square", torch.zeros(channels))
+        self.register_buffer("seen_batches", torch.zeros((), dtype=torch.int64))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Vectors are welcome, too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if self.training:
+            var, mean = torch.var_mean(input.detach(), (0, *range(2, input.dim())))
+            self.seen_batches.add_(1)
+            m, v = self.seen_mean, self.seen_square - self.seen_mean.square()
+            m, v = m + (mean - m) / self.seen_batches, v + (var - v) / self.seen_batches
+            self.seen_mean.copy_(m)
+            self.seen_square.copy_(v + m.square())
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)

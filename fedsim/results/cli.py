@@ -27,6 +27,7 @@ def table(
     format: Annotated[str, typer.Option(help="text, markdown, csv or latex")] = "text",
     transpose: Annotated[bool, typer.Option("--transpose", help="domains in rows, as in the papers")] = False,
     costs: Annotated[bool, typer.Option("--costs", help="FLOPs, memory and bytes instead of the domains")] = False,
+    modes: Annotated[str, typer.Option(help="evaluation modes by domain: test, or unseen for those left out")] = "",
     published: Annotated[Path | None, typer.Option(help="TOML file of published figures to show beside ours")] = None,
     compare: Annotated[
         tuple[str, str] | None, typer.Option(metavar="A B", help="paired test of two methods over seeds and domains")
@@ -35,11 +36,12 @@ def table(
     """Print accuracy by method and domain, or what it cost: mean and standard deviation over seeds."""
     from fedsim.results.compare import compare as compare_methods
     from fedsim.results.costs import collect_costs
+    from fedsim.results.modes import collect_modes
     from fedsim.results.run import find_runs
     from fedsim.results.table import add_published, collect, render
 
     found = find_runs(runs)
-    results = collect_costs(found) if costs else collect(found)
+    results = collect_modes(found, modes) if modes else collect_costs(found) if costs else collect(found)
     if published is not None:
         results = add_published(results, published)
     print(render(results, format, transpose=transpose))

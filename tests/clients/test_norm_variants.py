@@ -22,7 +22,18 @@ from tests.conftest import Small
 from tests.oracles import timm_module
 from tests.test_engine import agree
 
-VARIANTS = ("in", "bcn", "bcn-estimated", "ibn-a", "ghost", "evonorm-s0", "evonorm-b0", "adab2n", "affine-only")
+VARIANTS = (
+    "in",
+    "bcn",
+    "bcn-estimated",
+    "ibn-a",
+    "ghost",
+    "evonorm-s0",
+    "evonorm-b0",
+    "adab2n",
+    "pooled-statistics",
+    "affine-only",
+)
 
 
 def images(batch: int = 6, channels: int = 8, seed: int = 0):

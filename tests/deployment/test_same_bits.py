@@ -16,9 +16,12 @@ def simulated(dataset, config, folder) -> dict:
     return drive(federation_of(planned, ClientStore()), planned, RunWriter(folder))
 
 
+MODES = {"fedbn": "own,reestimated,adabn,test-batch,alpha-bn,unmix-tns", "scaffold": "global,reestimated"}
+
+
 @pytest.mark.parametrize("strategy", ["fedbn", "fedhyper-g-cl", "fedtiny", "scaffold"])
 def test_deployed_is_simulated(deploy, dataset, tmp_path, strategy):
-    deployment = deploy(algorithm={"strategy": strategy})
+    deployment = deploy(algorithm={"strategy": strategy}, evaluation={"modes": MODES.get(strategy, "")})
     server = deployment.server()
     clients = deployment.clients()
     assert server.wait() == 0, server.text()
@@ -27,5 +30,8 @@ def test_deployed_is_simulated(deploy, dataset, tmp_path, strategy):
     found = deployment.summary()
     for key in ("state_sha256", "accuracy", "examples_seen", "train_flops", "rejected_updates", "retried_clients"):
         assert found[key] == expected[key], key
+    modes = MODES.get(strategy, "").split(",") if strategy in MODES else []
+    assert list(found.get("modes", {"test": {}})["test"]) == modes
+    assert found.get("modes") == expected.get("modes")
     assert found["bytes_down"] > expected["bytes_down"]  # the tensors, and what wraps them
     assert found["bytes_up"] > expected["bytes_up"]
