@@ -61,4 +61,5 @@ CONTENDERS = {
     "processes-tuned": Contender("two_processes.py", private=True, variables=MALLOC),
     "bmm": Contender("bmm.py", models=("logistic",)),
     "vmap": Contender("vmap.py", models=("logistic",)),
+    "flower": Contender("flower.py", variables={"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}),
 }
