@@ -1,0 +1,100 @@
+"""fedsim itself: its engine, its Ray pool and its strategies, on the neutral data, weights, cohorts and batch order."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from experiments.bench.reporting import Result, arguments, result
+from experiments.bench.torch_side import build_model, final_loss
+from experiments.bench.workloads import CLASSES, Workload, cohort, folder, load, workload
+from fedsim.build import federation_of, plan
+from fedsim.config import Config, parse_config
+from fedsim.data import Dataset, Partition
+from fedsim.store import ClientStore
+
+
+def dataset(workload: Workload) -> Dataset:
+    """The neutral data as a fedsim data set, kept beside them; the test split, which nobody asks for, is one client."""
+    target = folder(workload) / "fedsim"
+    if (target / "meta.json").exists():
+        return Dataset(target)
+    x, y = load(workload)
+    each = workload.clients // workload.domains
+    arrays = {}
+    for d in range(workload.domains):
+        rows = slice(d * each, (d + 1) * each)
+        inputs, labels = x[rows].reshape(-1, *workload.shape), y[rows].reshape(-1)
+        test = inputs[: workload.examples], labels[: workload.examples]
+        arrays[f"domain-{d}"] = {"train": (inputs, labels), "test": test}
+    classes = tuple(str(c) for c in range(CLASSES))
+    return Dataset.from_arrays(workload.name, target, arrays, classes)
+
+
+def shards(workload: Workload, dataset: Dataset) -> Partition:
+    indices = np.arange(workload.clients * workload.examples)
+    offsets = np.arange(workload.clients + 1) * workload.examples
+    domain = np.array([workload.domain(c) for c in range(workload.clients)], np.int16)
+    return Partition(indices, offsets, domain, dataset.domains)
+
+
+def configuration(workload: Workload, rounds: int, executor: str, workers: int, block: int) -> Config:
+    return parse_config(
+        {
+            "rounds": rounds,
+            "federation": {"clients-per-round": workload.cohort},
+            "model": {"name": workload.model, "norm": "bn" if workload.model == "digits-cnn" else "none"},
+            "training": {"batch-size": workload.batch, "lr": workload.lr, "shuffle": False},
+            "algorithm": {"strategy": "fedbn" if workload.private else "fedavg"},
+            "simulation": {"executor": executor, "workers": workers, "block": block},
+        }
+    )
+
+
+def run(workload: Workload, rounds: int, executor: str = "auto", workers: int = 2, block: int = 0) -> Result:
+    """Args: executor, workers, block: the keys of fedsim's ``[simulation]``."""
+    begin = time.perf_counter()
+    data = dataset(workload)
+    config = configuration(workload, rounds, executor, workers, block)
+    prepared = plan(config, (data, shards(workload, data), None))
+    neutral = dict(build_model(workload).named_parameters())
+    theirs = dict(prepared.task.model.named_parameters())
+    with torch.no_grad():
+        for mine, parameter in zip(neutral.values(), theirs.values(), strict=True):  # the same layers in one order
+            parameter.copy_(mine)
+    federation, strategy = federation_of(prepared, ClientStore(), debug=True), prepared.strategy
+    start_up = time.perf_counter() - begin
+    try:
+        state = strategy.init(federation.shared)
+        stamps = []
+        for round in range(1, rounds + 1):
+            stamps.append(time.perf_counter())
+            for order in strategy.orders(round, state):
+                replies = federation.train(order, cohort(workload, round))
+                state = strategy.aggregate(round, state, order, replies)
+        stamps.append(time.perf_counter())
+        names = dict(zip(theirs, neutral))
+        personal = {
+            c: {names[n]: v for n, v in federation.state(c).private.items() if n in names}
+            for c in range(workload.clients)
+            if federation.private
+        }
+    finally:
+        federation.close()
+    loss = final_loss(workload, {names[n]: v for n, v in strategy.model(state).items() if n in names}, personal)
+    simulation = prepared.config.simulation
+    chosen = {"executor": simulation.executor, "workers": workers, "block": simulation.block}
+    packages = ("fedsim-domains", "torch", "numpy", "ray")
+    return result("fedsim", workload.name, stamps, loss, *packages, **chosen, start_up=f"{start_up:.1f} s")
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--executor", default="auto", choices=("auto", "loop", "vmap"), help="(default: auto)")
+    parser.add_argument("--workers", type=int, default=2, help="Ray actors; 0: this process, no Ray (default: 2)")
+    parser.add_argument("--block", type=int, default=0, help="clients a block; 0: fedsim's own rule (default: 0)")
+    chosen = parser.parse_args()
+    outcome = run(workload(chosen.workload), chosen.rounds, chosen.executor, chosen.workers, chosen.block)
+    print(outcome.line())

@@ -1,0 +1,65 @@
+"""Who competes: a script of ``contenders/``, its options, its environment and what it can train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.bench.workloads import Workload
+from fedsim.processes import ALLOCATOR
+
+HERE = Path(__file__).resolve().parent
+CNNS = ("mcmahan-cnn", "digits-cnn")
+MALLOC = {name: value for name, value in ALLOCATOR.items() if name.startswith("MALLOC")}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Args:
+    script: in ``contenders/``, with ``options``.
+    environment: a virtual environment of ``build.sh``, or "" for the one of this interpreter.
+    models: that it can train.
+    private: it can keep normalization layers on the client.
+    variables: of the process's environment.
+    """
+
+    script: str
+    options: tuple[str, ...] = ()
+    environment: str = ""
+    models: tuple[str, ...] = ("logistic", *CNNS)
+    private: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def able(self, workload: Workload) -> bool:
+        return workload.model in self.models and (self.private or not workload.private)
+
+    @property
+    def interpreter(self) -> Path:
+        return environments() / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+
+    def command(self, workload: Workload, rounds: int) -> list[str]:
+        script = str(HERE / "contenders" / self.script)
+        return [str(self.interpreter), script, "--workload", workload.name, "--rounds", str(rounds), *self.options]
+
+
+def environments() -> Path:
+    """$BENCH_ENVS, else fedsim-bench/envs in the user's cache folder; as ``build.sh``."""
+    return Path(os.environ.get("BENCH_ENVS", Path.home() / ".cache" / "fedsim-bench" / "envs"))
+
+
+CONTENDERS = {
+    "fedsim": Contender("fedsim_.py", private=True),
+    "fedsim-alone": Contender("fedsim_.py", ("--workers", "0"), private=True),
+    "fedsim-loop": Contender("fedsim_.py", ("--executor", "loop"), private=True),
+    "fedsim-vmap": Contender("fedsim_.py", ("--executor", "vmap"), private=True),
+    "plain-1": Contender("plain.py", ("--threads", "1"), private=True),
+    "plain-2": Contender("plain.py", ("--threads", "2"), private=True),
+    "processes": Contender("two_processes.py", private=True),
+    "processes-tuned": Contender("two_processes.py", private=True, variables=MALLOC),
+    "bmm": Contender("bmm.py", models=("logistic",)),
+    "vmap": Contender("vmap.py", models=("logistic",)),
+    "flower": Contender("flower.py", variables={"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}),
+}
