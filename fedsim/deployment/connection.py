@@ -63,7 +63,8 @@ class Connection:
     def _beat(self) -> None:
         """Training may take longer than the server's patience: this says that the process is alive."""
         while not self._over.wait(HEARTBEAT):
-            with contextlib.suppress(Lost, Rejected):  # the main thread finds out for itself
+            # The main thread finds out for itself, or has closed the line just now (ValueError).
+            with contextlib.suppress(Lost, Rejected, ValueError):
                 request = fleet.SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=BELIEVED)
                 self._call("SendNodeHeartbeat", request)
 
