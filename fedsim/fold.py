@@ -45,7 +45,7 @@ class Partial:
 
     def sums(self) -> Tensors:
         if not self.scaled:
-            self.tensors = {n: v.to(torch.float64) * self.weight for n, v in self.tensors.items()}
+            self.tensors = {n: v.to(torch.float64, copy=True).mul_(self.weight) for n, v in self.tensors.items()}
             self.scaled = True
         return self.tensors
 

@@ -49,7 +49,7 @@ def encode(tensor: torch.Tensor, mask: torch.Tensor | None = None) -> Array:
     if mask is not None and bool((nonzero(tensor) & ~keep).any()):
         raise ValueError("an element outside the mask is not zero")
     flat = keep.numpy().reshape(-1)
-    count, width = int(flat.sum()), index_type(flat.size)().itemsize
+    count, width = int(np.count_nonzero(flat)), index_type(flat.size)().itemsize
     positions = min(math.ceil(flat.size / 8), count * width)
     if mask is None and positions + count * values.itemsize >= values.nbytes:
         return Array(values)
@@ -71,7 +71,7 @@ def decode(array: Array, like: torch.Tensor | None = None) -> tuple[torch.Tensor
         ValueError: the array is not one that ``encode`` writes.
     """
     if not array.stype.startswith("fedsim."):
-        return torch.from_numpy(np.array(array.numpy())), None
+        return torch.from_numpy(np.require(array.numpy(), requirements="W")), None
     kind, _, form = array.stype.removeprefix("fedsim.").partition(".")
     shape, size = tuple(array.shape), math.prod(array.shape)
     if kind not in ("zero", "mask") or form not in ("bitmap", "index"):

@@ -63,7 +63,8 @@ class Connection:
     def _beat(self) -> None:
         """Training may take longer than the server's patience: this says that the process is alive."""
         while not self._over.wait(HEARTBEAT):
-            with contextlib.suppress(Lost, Rejected):  # the main thread finds out for itself
+            # The main thread finds out for itself, or has closed the line just now (ValueError).
+            with contextlib.suppress(Lost, Rejected, ValueError):
                 request = fleet.SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=BELIEVED)
                 self._call("SendNodeHeartbeat", request)
 
@@ -101,8 +102,9 @@ class Connection:
 
     def reply(self, message: Message) -> None:
         """Send a reply with all its objects."""
-        message.metadata.__dict__["_message_id"] = message.object_id
-        objects, tree = fleet.get_all_nested_objects(message), fleet.get_object_tree(message)
+        with fleet.no_object_id_recompute():  # an id is a hash of all the bytes, and is asked for several times
+            message.metadata.__dict__["_message_id"] = message.object_id
+            objects, tree = fleet.get_all_nested_objects(message), fleet.get_object_tree(message)
         envelope = fleet.message_to_proto(
             fleet.remove_content_from_message(message) if message.has_content() else message
         )

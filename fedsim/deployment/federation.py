@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fedsim.build import Plan, policy_of
+from fedsim.deployment import fleet
 from fedsim.deployment.jobs import JOB, LOCAL, Job, end_of, sequence
 from fedsim.deployment.link import Incomplete, Link
 from fedsim.deployment.members import Member
@@ -193,7 +194,8 @@ class RemoteFederation(Federation):
         def addressed(client: int) -> RecordDict:
             return RecordDict({**packed, JOB: replace(job, client=client).record()})
 
-        return exchange(self.link, {c: self.members[c] for c in clients}, addressed, kind, self.patience)
+        with fleet.no_object_id_recompute():  # the tensors are the same for all: hashed once, not for every client
+            return exchange(self.link, {c: self.members[c] for c in clients}, addressed, kind, self.patience)
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         clients = sorted(clients)

@@ -21,6 +21,22 @@ UNREADABLE = object()  # in place of a request
 LONG_POLL = 0.5  # seconds a client's question for work is held open
 
 
+class Call(threading.local):
+    """Of the call that this thread serves. A message's size is known where it is read or written; asking the message
+    for it would serialize it once more, megabytes at a time.
+
+    Attributes:
+        size: bytes of the request.
+        receiver: whose traffic the response counts as; None: nobody's (an empty answer, a heartbeat).
+    """
+
+    size = 0
+    receiver: Member | None = None
+
+
+CALL = Call()
+
+
 class Authentication(NodeAuthServerInterceptor):
     """Flower's check of signature and time; a header that cannot even be read is refused the same way."""
 
@@ -37,7 +53,7 @@ class Authentication(NodeAuthServerInterceptor):
 
         def read(data: bytes) -> Any:
             try:
-                return method_handler.request_deserializer(data)
+                return method_handler.request_deserializer(data), len(data)
             except DecodeError:
                 return UNREADABLE
 
@@ -46,9 +62,17 @@ class Authentication(NodeAuthServerInterceptor):
         def call(request: Any, context: Any) -> Any:
             if request is UNREADABLE:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a valid request (no message of this method)")
-            return checked(request, context)
+            message, CALL.size = request
+            CALL.receiver = None
+            return checked(message, context)
 
-        return grpc.unary_unary_rpc_method_handler(call, read, method_handler.response_serializer)
+        def write(response: Any) -> bytes:
+            data: bytes = method_handler.response_serializer(response)
+            if CALL.receiver is not None:
+                CALL.receiver.sent += len(data)
+            return data
+
+        return grpc.unary_unary_rpc_method_handler(call, read, write)
 
 
 class GuardedServicer(FleetServicer):
@@ -114,7 +138,7 @@ class GuardedServicer(FleetServicer):
                     break
                 self.work.wait(left)
         if response.messages_list:
-            member.sent += response.ByteSize()
+            CALL.receiver = member
         return response
 
     def PushMessages(self, request: Any, context: Any) -> Any:
@@ -122,30 +146,28 @@ class GuardedServicer(FleetServicer):
         if any(m.metadata.src_node_id != member.node for m in request.messages_list):
             log.warning("client '%s' sent a message in another's name: refused", member.name)
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the message is not the caller's")
-        self._count(member, request, context)
+        self._count(member, context)
         response = self._guarded(super().PushMessages, request, context)
         self._told()
         return response
 
     def PushObject(self, request: Any, context: Any) -> Any:
-        self._count(self._caller(context), request, context)
+        self._count(self._caller(context), context)
         response = self._guarded(super().PushObject, request, context)
         self._told()
         return response
 
-    def _count(self, member: Member, request: Any, context: Any) -> None:
-        size = request.ByteSize()
-        member.received += size
-        member.pushed += size
+    def _count(self, member: Member, context: Any) -> None:
+        member.received += CALL.size
+        member.pushed += CALL.size
         if member.pushed > self.limit:
             log.warning("client '%s' sent more than %d bytes for one order: refused", member.name, self.limit)
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {self.limit} bytes for one order")
 
     def PullObject(self, request: Any, context: Any) -> Any:
         member = self._caller(context)
-        response = self._guarded(super().PullObject, request, context)
-        member.sent += response.ByteSize()
-        return response
+        CALL.receiver = member
+        return self._guarded(super().PullObject, request, context)
 
     def ConfirmMessageReceived(self, request: Any, context: Any) -> Any:
         self._caller(context)

@@ -64,6 +64,7 @@ def run_through(deployment, cuts: list[int], silent: bool = False) -> str:
     clients.append(deployment._start(DOMAINS[0], behind))
     assert server.wait() == 0, server.text()
     assert [c.wait() for c in clients] == [0, 0, 0]
+    assert "Traceback" not in clients[-1].text()
     return middle.text()
 
 

@@ -16,6 +16,7 @@ from flwr.app import Message, RecordDict
 from fedsim.deployment import fleet, keys
 from fedsim.deployment.client import work
 from fedsim.deployment.connection import Connection
+from fedsim.deployment.link import Link
 from fedsim.deployment.site import Site
 from fedsim.deployment.wire import pack
 from tests.conftest import DOMAINS
@@ -112,7 +113,7 @@ def attack(deployment, who: str, seed: int) -> None:
     address, ca = f"127.0.0.1:{deployment.port}", deployment.pki / "ca.crt"
     draw, codes = random.Random(seed), Counter()
     bare = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.read_bytes()))
-    mine = Connection(address, ca, keys.read_key(deployment.pki / "intruder.key")) if "registered" in who else None
+    mine = Connection(address, ca, read(deployment, "intruder")) if "registered" in who else None
     good = requests(mine.node.node_id if mine else 1, 1)
     for number in range(MUTANTS[who]):
         method, request = draw.choice(list(good.items()))
@@ -198,7 +199,7 @@ def test_nonsense_about_its_data_leaves_a_client_out_and_stops_nobody(deploy, da
                 def hello(self, job):
                     return {**super().hello(job), key: value}
 
-            secret = keys.read_key(deployment.pki / f"bad-{key}.key")
+            secret = read(deployment, f"bad-{key}")
             site = Liar("photo", str(deployment.dataset.folder), None)
             work(f"127.0.0.1:{deployment.port}", deployment.pki / "ca.crt", secret, site, give_up=60)
 
@@ -208,7 +209,7 @@ def test_nonsense_about_its_data_leaves_a_client_out_and_stops_nobody(deploy, da
         def hello(self, job):
             time.sleep(1000)
 
-    secret = keys.read_key(deployment.pki / "mute.key")
+    secret = read(deployment, "mute")
     site = Mute("photo", str(deployment.dataset.folder), None)
     address, ca = f"127.0.0.1:{deployment.port}", deployment.pki / "ca.crt"
     deployment._start("mute", lambda: work(address, ca, secret, site, give_up=60)).until("connected")
@@ -218,3 +219,34 @@ def test_nonsense_about_its_data_leaves_a_client_out_and_stops_nobody(deploy, da
     clients = deployment.clients()
     assert server.wait() == 0, server.text()
     assert [c.wait() for c in clients] == [0, 0, 0]
+
+
+def test_a_client_that_never_stops_sending_is_stopped(deploy):
+    deployment = deploy()
+    files = {"cert": deployment.pki / "server.crt", "key": deployment.pki / "server.key", "clients": deployment.known}
+
+    def small() -> None:
+        Link(f"127.0.0.1:{deployment.port}", **files, reply_limit=200_000)
+        print("listening", flush=True)
+        time.sleep(60)
+
+    def flood() -> None:
+        mine = Connection(f"127.0.0.1:{deployment.port}", deployment.pki / "ca.crt", read(deployment, "photo"))
+        for number in range(5):
+            name = f"{number:064d}"
+            push = fleet.PushObjectRequest(node=mine.node, run_id=1, object_id=name, object_content=bytes(60_000))
+            try:
+                mine.stub.PushObject(push, timeout=20)
+            except grpc.RpcError as error:
+                print(error.code().name, flush=True)
+
+    server = deployment._start("small", small)
+    server.until("listening")
+    flooding = deployment._start("flood", flood)
+    assert flooding.wait() == 0
+    assert flooding.text().split() == ["INVALID_ARGUMENT"] * 3 + ["RESOURCE_EXHAUSTED"] * 2
+    assert server.text().count("client 'photo' sent more than 200000 bytes for one order: refused") == 2
+
+
+def read(deployment, name: str):
+    return keys.read_key(deployment.pki / f"{name}.key")

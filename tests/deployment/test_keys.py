@@ -17,7 +17,7 @@ from fedsim.errors import ConfigError, DataError
 def test_a_key_that_others_can_read_is_refused_with_the_remedy(tmp_path):
     keys.make_node(tmp_path, "a")
     key = tmp_path / "a.key"
-    assert keys.read_key(key).curve.name == "secp384r1"
+    assert keys.read_key(key).curve.name == "secp256r1"
     key.chmod(0o640)
     with pytest.raises(DataError, match=f"chmod 600 {key}"):
         keys.read_key(key)
