@@ -59,8 +59,8 @@ class Offenders:
         return sorted(c for c, count in self.refused.items() if limit and count >= limit)
 
 
-def refuse(tensors: Tensors, expected: Tensors) -> str | None:
-    """Why ``tensors`` is no update of ``expected`` (names, shapes, dtypes, finiteness), or None if it is one."""
+def refuse_form(tensors: Tensors, expected: Tensors) -> str | None:
+    """Why ``tensors`` does not look like ``expected`` (names, shapes, dtypes), or None if it does."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
         return f"tensor '{missing[0]}' is missing ({len(missing)} of {len(expected)} are)"
@@ -74,9 +74,15 @@ def refuse(tensors: Tensors, expected: Tensors) -> str | None:
             return f"'{name}' has shape {tuple(value.shape)}, expected {tuple(want.shape)}"
         if value.dtype != want.dtype:
             return f"'{name}' is {value.dtype}, expected {want.dtype}"
-        if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
-            return f"'{name}' holds a value that is not finite"
     return None
+
+
+def refuse(tensors: Tensors, expected: Tensors) -> str | None:
+    """Why ``tensors`` is no update of ``expected`` (names, shapes, dtypes, finiteness), or None if it is one."""
+    if reason := refuse_form(tensors, expected):
+        return reason
+    bad = next((n for n, v in tensors.items() if not bool(rows_finite({n: v[None]}).all())), None)
+    return f"'{bad}' holds a value that is not finite" if bad is not None else None
 
 
 def rows_finite(tensors: Tensors) -> Tensor:
@@ -84,7 +90,9 @@ def rows_finite(tensors: Tensors) -> Tensor:
     fine = torch.tensor(True)
     for value in tensors.values():
         if value.is_floating_point() and value.numel():
-            low, high = value.flatten(1).aminmax(dim=1) if value.dim() > 1 else (value, value)  # NaN is passed on
+            # One pass that allocates nothing: the extremes are NaN if any value is.
+            flat = value.reshape(len(value), -1)
+            low, high = flat.aminmax(dim=1) if len(flat) > 1 else (extreme[None] for extreme in flat.aminmax())
             fine = fine & (torch.isfinite(low) & torch.isfinite(high)).cpu()
     return fine
 

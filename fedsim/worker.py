@@ -22,7 +22,7 @@ from fedsim.data import Dataset, Partition
 from fedsim.evaluation import Mode, Predict, mode_batches
 from fedsim.examples import Examples
 from fedsim.fold import Partial, merge
-from fedsim.guard import refuse, refuse_norm, refuse_report, rows_finite
+from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, correct, run_loop
 from fedsim.optim import learning_rate
 from fedsim.random import generator
@@ -235,7 +235,7 @@ class Worker:
         """row -> why that client's update is not believed."""
         loss = outcomes.loss
         bound = self.spec.max_update_norm if order.task == "train" else 0.0
-        if not bound and refuse({n: v[0] for n, v in outcomes.shared.items()}, order.returned) is None:
+        if not bound and refuse_form({n: v[0] for n, v in outcomes.shared.items()}, order.returned) is None:
             fine = rows_finite(outcomes.shared) & rows_finite(report) & torch.isfinite(loss).cpu()
             if bool(fine.all()):
                 return {}
