@@ -23,7 +23,7 @@ from tests.conftest import Small, shards_of
 from tests.hostile import floats, tamper
 
 STRATEGIES = [name for name in presets() if name != "centralised"]
-FAST = ("fedbn", "fedtiny", "scaffold", "local-only")  # of each kind of message one
+FAST = ("fedbn", "scaffold")  # private tensors; reports of the model's size
 slow_but = lambda names: [s if s in names else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES]  # noqa: E731
 CLIENTS, HOSTILE, SHARD = 5, 1, 6
 
