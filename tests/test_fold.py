@@ -1,6 +1,7 @@
 """Folding: the mean's value, its invariance to the bit, and integer counters."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +59,14 @@ def test_the_mean_is_in_the_convex_hull_to_the_bit(values, data, block):
     found = fold([{"w": torch.from_numpy(v)} for v in values], weights, block)["w"].numpy()
     assert (values.min(0) <= found).all()
     assert (found <= values.max(0)).all()
+
+
+@pytest.mark.parametrize("odd", [{"w": torch.ones(1)}, {}, {"w": torch.ones(3), "v": torch.ones(1)}])
+def test_what_is_not_alike_is_refused_and_leaves_the_sum(odd):
+    partial = Partial.of({"w": torch.arange(3.0)}, 2.0)
+    with pytest.raises(ValueError, match="other names or shapes"):
+        partial.add(odd, 1.0)
+    assert torch.equal(mean(merge([partial]), {"w": torch.zeros(3)})["w"], torch.arange(3.0))
 
 
 def test_the_mean_of_equal_tensors_is_the_tensor_to_the_bit():

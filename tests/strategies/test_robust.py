@@ -154,6 +154,7 @@ COMPOSED = [
     {"strategy": "fedexp", "aggregation": "median"},
     {**FEDTINY, "aggregation": "median", "pooled-variance": True},
     {**FEDTINY, "aggregation": "bulyan"},
+    {**FEDTINY, "normalization": "local", "aggregation": "norm-clipping"},  # one order returns nothing
     {"strategy": "ditto", "aggregation": "norm-clipping"},
 ]
 
