@@ -32,7 +32,7 @@ def both(datasets, model: str, strategy: str) -> tuple[Small, Small]:
     dataset = datasets[SHAPES.get(model, (3, 12, 12))]
     # two ragged clients, two steps each; one step of the 57 million parameters is enough
     robust = presets()[strategy].parts.get("aggregation")
-    shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7, 6) if robust else (8, 7))
+    shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7, 8) if robust else (8, 7))
     sections = {
         "model": {"name": model},
         "algorithm": {"strategy": strategy, **({"byzantine": 0} if robust else {})},
