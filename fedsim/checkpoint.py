@@ -74,6 +74,7 @@ class Checkpoints:
         name = f"round-{snapshot.round:06d}"
         header = {
             "round": snapshot.round,
+            "names": list(snapshot.state),  # in order: the file has another one, and sums over tensors depend on it
             "sha256": hashlib.sha256(data).hexdigest(),
             "state_sha256": state_sha256(snapshot.state),
             "record": snapshot.record,
@@ -109,6 +110,7 @@ class Checkpoints:
             data = path.with_suffix(".safetensors").read_bytes()
             claimed = header.pop("header_sha256")
             wanted, number, record = header["sha256"], int(header["round"]), header["record"]
+            names = header["names"]
         except OSError as error:
             raise DataError(f"{path}: the checkpoint cannot be read ({error.strerror}){offer}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -117,7 +119,8 @@ class Checkpoints:
             raise DataError(f"{path}: damaged, its checksum differs{offer}")
         if hashlib.sha256(data).hexdigest() != wanted:
             raise DataError(f"{path.with_suffix('.safetensors')}: damaged, its checksum differs{offer}")
-        return Snapshot(number, load(data), record)
+        tensors = load(data)
+        return Snapshot(number, {n: tensors[n] for n in names}, record)
 
     def _others(self, round: int) -> str:
         others = ", ".join(str(r) for r in self.rounds() if r != round)

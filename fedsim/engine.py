@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.errors import FedsimError
 from fedsim.fold import Partial, mean, merge
 from fedsim.guard import WELL_FORMED, Policy
 from fedsim.pool import Pool, WorkerLost
@@ -152,6 +153,9 @@ class Federation:
         Without private tensors there is one model: it is scored on each domain (client -1). With them every
         client's own model is scored on the test split of each domain it holds data of. ``validation`` scores each
         client on its held-out examples; ``unseen`` scores the model of a newcomer on the domain left out.
+
+        Raises:
+            FedsimError: a worker could not finish it as often as retries allow.
         """
         return self._evaluate(shared, list(self._jobs(split)))
 
@@ -179,7 +183,7 @@ class Federation:
         results: list[list[Score]] = [[] for _ in chunks]
         for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
             if isinstance(result, WorkerLost):
-                raise RuntimeError(f"evaluation failed: {result}")
+                raise FedsimError(f"evaluation failed: {result}")
             results[number] = result
         return [score for result in results for score in result]
 

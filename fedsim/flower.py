@@ -140,7 +140,7 @@ class FlowerMethods(FlowerStrategy):
     def __init__(self) -> None:
         self.policy = WELL_FORMED
         self._offenders = Offenders(WELL_FORMED)
-        self._asked = 0
+        self._asked, self._folds = 0, False
         self.state: Tensors | None = None
         self._sent: list[Order] = []
         self._population = 0
@@ -172,7 +172,7 @@ class FlowerMethods(FlowerStrategy):
         self._sent = self.orders(server_round, self.state)
         self._population = len(list(grid.get_node_ids()))
         nodes = self.sample(server_round, grid)
-        self._asked = len(nodes)
+        self._asked, self._folds = len(nodes), getattr(grid, "folds", False)
         messages = []
         for number, order in enumerate(self._sent):
             content = order_content(order, number)
@@ -187,7 +187,8 @@ class FlowerMethods(FlowerStrategy):
         losses: list[tuple[float, int]] = []
         refused: set[int] = set()
         before = self.state
-        collected = collect(replies, self._sent, self._population, self.policy, lambda node, _: refused.add(node))
+        note = lambda node, reason: refused.add(node)  # noqa: E731
+        collected = collect(replies, self._sent, self._population, self.policy, note, self._folds)
         for node in sorted(refused):
             if self._offenders.record(node):
                 log.warning("node %d is set aside after %d refused rounds", node, self.policy.set_aside_after)
@@ -215,11 +216,18 @@ class FlowerMethods(FlowerStrategy):
         for message in replies:
             if message.has_error():
                 continue
-            metrics: Any = message.content[METRICS]
-            count = int(metrics["num-examples"])
+            try:
+                metrics: Any = dict(message.content[METRICS])  # type: ignore[arg-type]
+                count, scores = metrics["num-examples"], {name: metrics[name] for name in sums}
+                reason = refuse_count(count) or refuse_metrics(scores)
+            except (KeyError, ValueError, TypeError) as error:
+                reason = f"not a reply: {type(error).__name__}: {error}"
+            if reason is not None:
+                log.warning("node %d: evaluation rejected: %s", message.metadata.src_node_id, reason)
+                continue
             examples += count
-            for name in sums:
-                sums[name] += float(metrics[name]) * count
+            for name, value in scores.items():
+                sums[name] += value * count
         return MetricRecord({n: v / examples for n, v in sums.items()}) if examples else None
 
 
@@ -229,11 +237,13 @@ def collect(
     population: int = 0,
     policy: Policy = WELL_FORMED,
     refused: Callable[[int, str], object] = lambda node, reason: None,
+    folds: bool = False,
 ) -> list[Replies]:
     """Sort replies by order and client, and leave out, by name, what the guard does not believe.
 
     Args:
         refused: is told the node and the reason of every refused update.
+        folds: the messages come from our own simulation, whose workers have checked what they fold.
     """
     from fedsim.strategy import Replies
 
@@ -251,8 +261,10 @@ def collect(
         try:
             reply, number, partial = read_reply(message.content, orders)
             order = orders[number]
-            expected = {} if partial is not None or (order.fold and not reply.shared) else order.returned
-            reason = refuse(reply.shared, expected) or refuse_count(reply.examples, policy.max_examples or None)
+            summed = folds and (partial is not None or (order.fold and not reply.shared))
+            reason = None if partial is None or folds else "a block's sum, expected one client's update"
+            reason = reason or refuse(reply.shared, {} if summed else order.returned)
+            reason = reason or refuse_count(reply.examples, policy.max_examples or None)
             reason = reason or refuse_metrics(reply.metrics) or refuse_report(reply.report)
             if reason is None and reply.shared and order.task == "train":
                 reason = refuse_norm(reply.shared, order.shared, policy.max_update_norm)

@@ -38,7 +38,13 @@ class Partial:
         return cls(sums, math.fsum(weights))
 
     def add(self, tensors: Tensors, weight: float) -> None:
-        """Add one client's tensors in place."""
+        """Add one client's tensors in place.
+
+        Raises:
+            ValueError: they have other names or shapes than the sum, which is left as it was.
+        """
+        if tensors.keys() != self.tensors.keys() or any(tensors[n].shape != v.shape for n, v in self.tensors.items()):
+            raise ValueError("what is to be summed has other names or shapes than the block's other clients sent")
         for name, total in self.sums().items():
             total.add_(tensors[name], alpha=weight)
         self.weight += weight

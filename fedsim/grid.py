@@ -28,6 +28,8 @@ CLIENT_FAILED = 2  # Flower's error code for an exception in the ClientApp
 class SimulationGrid(Grid):
     """Args: federation: its clients are the nodes 1, ..., K."""
 
+    folds = True  # a reply may hold the sum of a block; over a network nobody may answer for others
+
     def __init__(self, federation: Federation):
         self.federation = federation
         self._replies: dict[str, Message] = {}

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from fedsim.database import open_database, transaction
 from fedsim.errors import DataError
-from fedsim.types import ClientState
+from fedsim.types import ClientState, Tensors
 
 PRIVATE, MEMORY = "p/", "m/"
 
@@ -58,10 +58,7 @@ class ClientStore:
                 f" resume --round with a checkpoint before round {round}, or start the run anew"
             )
         tensors = load(data)
-        return ClientState(
-            {n[len(PRIVATE) :]: v for n, v in tensors.items() if n.startswith(PRIVATE)},
-            {n[len(MEMORY) :]: v for n, v in tensors.items() if n.startswith(MEMORY)},
-        )
+        return ClientState(_unnumbered(PRIVATE, tensors), _unnumbered(MEMORY, tensors))
 
     def put(self, client: int, round: int, state: ClientState) -> None:
         if not state.private and not state.memory:
@@ -86,9 +83,7 @@ class ClientStore:
         with transaction(self.db, self.path):
             for client in sorted(self.dirty):
                 round, state = self.recent[client]
-                tensors = {PRIVATE + n: v.contiguous() for n, v in state.private.items()}
-                tensors |= {MEMORY + n: v.contiguous() for n, v in state.memory.items()}
-                data = save(tensors)
+                data = save({**_numbered(PRIVATE, state.private), **_numbered(MEMORY, state.memory)})
                 row = (client, round, hashlib.sha256(data).digest(), data)
                 self.db.execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", row)
         self.dirty.clear()
@@ -112,6 +107,15 @@ class ClientStore:
 
     def close(self) -> None:
         self.db.close()
+
+
+def _numbered(prefix: str, tensors: Tensors) -> Tensors:
+    """Names for the file, which keeps no order: sums over tensors depend on it."""
+    return {f"{prefix}{i:06d}/{n}": v.contiguous() for i, (n, v) in enumerate(tensors.items())}
+
+
+def _unnumbered(prefix: str, tensors: Tensors) -> Tensors:
+    return {n[len(prefix) + 7 :]: tensors[n] for n in sorted(tensors) if n.startswith(prefix)}
 
 
 def _size(state: ClientState) -> int:

@@ -40,7 +40,7 @@ class FedDyn(Strategy):
         h = {n.removeprefix(H): v for n, v in state.items() if n.startswith(H)}
         h = {n: v - self.alpha * replies.share * (mean[n] - order.shared[n]) for n, v in h.items()}
         moved = {n: mean[n] - v / self.alpha for n, v in h.items()}
-        return {**mean, **moved, **{H + n: v for n, v in h.items()}}
+        return {**state, **mean, **moved, **{H + n: v for n, v in h.items()}}
 
 
 def _check(alpha: float) -> str | None:

@@ -29,7 +29,7 @@ class FedNova(Strategy):
         trained = {n: v for n, v in new.items() if self.is_trained(n, v)}
         like = {**trained, STEPS: next(iter(trained.values()))} if trained else {}
         told = replies.mean_folded(NOVA, like)
-        return {**new, **{n: state[n] - told[STEPS] * told[n] for n in trained}}
+        return {**state, **new, **{n: state[n] - told[STEPS] * told[n] for n in trained}}
 
 
 def _check(task: ClientTask, config: Config) -> str | None:

@@ -229,7 +229,7 @@ class Robust(Wrapper):
             raise ValueError(
                 f"{len(replies)} replies, {type(self.rule).__name__} of f = {self.rule.f} needs {self.needs}"
             )
-        if order.task != "score":
+        if order.task != "score" and floating(order.returned):
             replies = self.rule(order, replies)
         return self.base.aggregate(round, state, order, replies)
 

@@ -54,7 +54,7 @@ class Scaffold(Strategy):
         new, c = replies.mean(self.shared(state)), self.variate(state)
         moved = {n: state[n] + self.server_lr * (new[n] - state[n]) for n in c}
         change = replies.mean_folded(CONTROL, c)
-        return {**new, **moved, **{VARIATE + n: v + replies.share * change[n] for n, v in c.items()}}
+        return {**state, **new, **moved, **{VARIATE + n: v + replies.share * change[n] for n, v in c.items()}}
 
 
 @register("rule", "scaffold")

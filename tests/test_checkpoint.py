@@ -1,10 +1,15 @@
 """Checkpoints: identity, keeping, and damage that is named."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given, settings
 
 from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.errors import DataError
+from tests.tensors import identical, named_bits
 
 STATE = {"w": torch.tensor([1.5, -0.0, float("nan")]), "n": torch.tensor(3), "empty": torch.zeros(0)}
 
@@ -15,6 +20,16 @@ def test_load_is_the_identity_bits_included(tmp_path):
     found = checkpoints.newest()
     assert (found.round, found.record) == (4, {"totals": {"seconds": 1.5}})
     assert state_sha256(found.state) == state_sha256(STATE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(named_bits())
+def test_saved_and_loaded_is_the_identity_for_any_bits(state):
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder))
+        checkpoints.save(Snapshot(1, state, {}))
+        found = checkpoints.newest().state
+    assert identical(found, state)
 
 
 def test_keeps_the_newest(tmp_path):

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedsim.checkpoint import state_sha256
 from fedsim.pool import InProcess, WorkerLost
@@ -53,6 +55,29 @@ def test_the_order_of_arrival_changes_no_bit(dataset, executor):
     sections = {"simulation": {"executor": executor, "block": 1}}
     forwards = Small(dataset, **sections).run(2)
     assert state_sha256(Small(dataset, pool=Backwards, **sections).run(2)) == state_sha256(forwards)
+
+
+def arriving(order):
+    """A pool whose results come in this order."""
+
+    class Arriving(InProcess):
+        def map(self, method, common, calls):
+            results = list(super().map(method, common, calls))
+            yield from (results[i] for i in order) if len(results) == len(order) else results
+
+    return Arriving
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations(range(3)), st.sampled_from(["fedavg", "fedbn", "scaffold", "fedadam", "median", "fedtiny"]))
+def test_any_order_of_arrival_gives_the_same_bits(dataset, order, strategy):
+    sections = {"algorithm": {"strategy": strategy}, "simulation": {"block": 1}}
+    found, expected = Small(dataset, pool=arriving(order), **sections), Small(dataset, **sections)
+    assert state_sha256(found.run(2)) == state_sha256(expected.run(2))
+    for client in range(3):
+        mine, theirs = found.federation.state(client), expected.federation.state(client)
+        assert state_sha256(mine.private) == state_sha256(theirs.private)
+        assert state_sha256(mine.memory) == state_sha256(theirs.memory)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -5,13 +5,18 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import FedMedian
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 import strategies
 from fedsim.checkpoint import state_sha256
+from fedsim.errors import ConfigError
 from fedsim.flower import collect, order_content, read_order, read_reply, reply_content
 from fedsim.grid import SimulationGrid
 from fedsim.types import Order, Reply
 from fedsim.wire import to_dense_arrays, to_tensors
+from strategies import FedAvg, FedOpt, Robust
+from strategies.robust import Bulyan, Median
 from tests.conftest import Small
 
 
@@ -133,6 +138,80 @@ def test_a_malformed_update_is_left_out_and_the_others_count(dataset, kind, capl
     assert [r.client for r in believed.singles] == [1, 3]
     assert "node 2: update rejected" in caplog.text
     assert torch.equal(believed.mean(ORDER.shared)["a"], GOOD["a"])
+
+
+RULES = {
+    "mean": FedAvg,
+    "adam": lambda: FedOpt("adam", eta=0.1),
+    "median": lambda: Robust(FedAvg(), Median(1)),
+    "bulyan": lambda: Robust(FedAvg(), Bulyan(0)),
+}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations(range(5)), st.integers(0, 2**31), st.sampled_from(sorted(RULES)))
+def test_the_order_of_messages_changes_no_bit(dataset, order, seed, rule):
+    SimulationGrid(Small(dataset).federation)  # gives Flower the identity that Message() asks for
+    draw = torch.Generator().manual_seed(seed)
+    random = [{n: torch.randn(v.shape, generator=draw) for n, v in GOOD.items()} for _ in range(5)]
+    messages = [answer(node, shared, examples=node + 1) for node, shared in enumerate(random)]
+    strategy = RULES[rule]()
+    state = strategy.init(dict(ORDER.shared))
+    (believed,), (shuffled,) = collect(messages, [ORDER]), collect([messages[i] for i in order], [ORDER])
+    one, other = (strategy.aggregate(1, state, ORDER, r) for r in (believed, shuffled))
+    assert state_sha256(one) == state_sha256(other)
+
+
+class Recording(SimulationGrid):
+    """Keeps what travels: names and bytes of every array, and the keys of every configuration."""
+
+    def __init__(self, federation):
+        super().__init__(federation)
+        self.names, self.data = set(), []
+
+    def _note(self, messages):
+        for message in messages:
+            for record in message.content.array_records.values():
+                self.names |= set(record)
+                self.data += [a.data for a in record.values()]
+            for record in message.content.config_records.values():
+                self.names |= set(record) | {n for v in record.values() if isinstance(v, list) for n in v}
+
+    def _train(self, group):
+        replies = super()._train(group)
+        self._note([group[0], *(r for r in replies if r.has_content())])
+        return replies
+
+
+AXES = {
+    "strategy": st.sampled_from(
+        ["fedavg", "fedprox", "fedadam", "scaffold", "feddyn", "fednova", "ditto", "fedper", "fedrep"]
+    ),
+    "normalization": st.sampled_from(["shared", "local", "local-statistics", "fixed-statistics", "gn"]),
+    "pruning": st.sampled_from(["none", "fedtiny", "prunefl", "feddst"]),
+    "learning-rate": st.sampled_from(["constant", "fedhyper-g", "fedhyper-cl", "fedexp"]),
+    "aggregation": st.sampled_from(["mean", "median", "norm-clipping"]),
+}
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries(AXES))
+def test_what_is_private_is_in_no_message_neither_by_name_nor_by_value(dataset, algorithm):
+    options = {"density": 0.2, "adjust-every": 1, "adjust-until": 4} if algorithm["pruning"] != "none" else {}
+    try:
+        small = Small(dataset, algorithm={**algorithm, **options})
+    except ConfigError:
+        assume(False)
+    grid = Recording(small.federation)
+    small.strategy.start(grid, grid.initial_arrays(), num_rounds=2)
+    assert grid.data
+    for name in small.task.private:
+        assert not [n for n in grid.names if n == name or n.endswith(("." + name, "/" + name))], name
+    travelled = b"|".join(grid.data)
+    for client in range(3):
+        for name, value in small.federation.state(client).private.items():
+            if value.unique().numel() > 4:
+                assert value.numpy().tobytes() not in travelled, name
 
 
 def test_metric_records_stay_numeric():

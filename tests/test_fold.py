@@ -1,9 +1,11 @@
 """Folding: the mean's value, its invariance to the bit, and integer counters."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from fedsim.fold import Partial, mean, merge
 
@@ -38,6 +40,33 @@ def test_weighted_mean_equals_numpy_and_stays_in_the_hull(seed, count, block):
     assert (found["w"].numpy() <= stacked.max(0) + 1e-6).all()
     assert (found["w"].numpy() >= stacked.min(0) - 1e-6).all()
     assert found["count"].dtype == torch.int64
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 9), st.just(4)),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    ),
+    st.data(),
+    st.integers(1, 4),
+)
+def test_the_mean_is_in_the_convex_hull_to_the_bit(values, data, block):
+    """Float32 of any size: the rounding of the sums in float64 does not reach the result."""
+    count = len(values)
+    weights = data.draw(st.lists(st.integers(1, 10**6).map(float), min_size=count, max_size=count))
+    found = fold([{"w": torch.from_numpy(v)} for v in values], weights, block)["w"].numpy()
+    assert (values.min(0) <= found).all()
+    assert (found <= values.max(0)).all()
+
+
+@pytest.mark.parametrize("odd", [{"w": torch.ones(1)}, {}, {"w": torch.ones(3), "v": torch.ones(1)}])
+def test_what_is_not_alike_is_refused_and_leaves_the_sum(odd):
+    partial = Partial.of({"w": torch.arange(3.0)}, 2.0)
+    with pytest.raises(ValueError, match="other names or shapes"):
+        partial.add(odd, 1.0)
+    assert torch.equal(mean(merge([partial]), {"w": torch.zeros(3)})["w"], torch.arange(3.0))
 
 
 def test_the_mean_of_equal_tensors_is_the_tensor_to_the_bit():

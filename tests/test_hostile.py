@@ -1,4 +1,4 @@
-"""Malformed updates of seventeen kinds under every strategy, a kind a round: each is refused by name and reason, the
+"""Malformed updates of nineteen kinds under every strategy, a kind a round: each is refused by name and reason, the
 run ends well, and after every round the state has the bits of the run that went without that client.
 
 By Flower messages, as real clients send them, and at the worker's end, where blocks are folded.
@@ -13,17 +13,17 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 
 from fedsim.checkpoint import state_sha256
-from fedsim.flower import METRICS, SHARED
+from fedsim.flower import CONFIG, METRICS, PARTIAL, SHARED
 from fedsim.grid import SimulationGrid
 from fedsim.guard import Policy
 from fedsim.registry import presets
 from fedsim.types import Tensors
 from fedsim.wire import to_arrays, to_tensors
 from tests.conftest import Small, shards_of
-from tests.hostile import floats, tamper
+from tests.hostile import floats, scaled, tamper
 
 STRATEGIES = [name for name in presets() if name != "centralised"]
-FAST = ("fedbn", "fedtiny", "scaffold", "local-only")  # of each kind of message one
+FAST = ("fedbn", "scaffold")  # private tensors; reports of the model's size
 slow_but = lambda names: [s if s in names else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES]  # noqa: E731
 CLIENTS, HOSTILE, SHARD = 5, 1, 6
 
@@ -85,8 +85,20 @@ def metrics_of_the_wrong_kind(content):
     content[METRICS] = ConfigRecord({"num-examples": "ten", "order": 0, "client": HOSTILE})
 
 
+def sum_of_a_block(content):
+    """Were it believed, it would stand for all the clients."""
+    content[PARTIAL] = to_arrays({n: v.double() for n, v in to_tensors(content[SHARED]).items()})
+    content[CONFIG] = ConfigRecord({"weight": 1e9})
+
+
+def nothing(content):
+    content[SHARED] = ArrayRecord()
+
+
 MALFORMED = {
     **{kind: (tensors(spoil), reason) for kind, (spoil, reason) in TENSORS.items()},
+    "sum of a block": (sum_of_a_block, "a block's sum, expected one client's update"),
+    "nothing": (nothing, "is missing"),
     "strings": (strings, "not a reply"),
     "examples negative": (metric("num-examples", -5), "example count is -5, expected at least 1"),
     "examples zero": (metric("num-examples", 0), "example count is 0, expected at least 1"),
@@ -102,6 +114,8 @@ MALFORMED = {
 class Single(SimulationGrid):
     """Every client replies for itself, as over a network; ``edit(round, content)`` is done to the hostile one's
     content, or its reply gets lost."""
+
+    folds = False
 
     def __init__(self, federation, edit=None):
         super().__init__(federation)
@@ -147,6 +161,7 @@ def small(dataset, strategy: str) -> Small:
 def by_messages(dataset, strategy: str, rounds: int, edit=None) -> list[str]:
     """The state's checksum after each round."""
     made = small(dataset, strategy)
+    made.strategy.configure_evaluate = lambda *_: []  # takes half of the time
     grid, hashes = Single(made.federation, edit), []
 
     def record(round, arrays):
@@ -159,7 +174,8 @@ def by_messages(dataset, strategy: str, rounds: int, edit=None) -> list[str]:
 
 def kinds_for(dataset, strategy: str, kinds: dict) -> dict:
     shares = bool(set(small(dataset, strategy).task.trainable) - small(dataset, strategy).task.private)
-    return {k: v for k, v in kinds.items() if shares or k not in TENSORS or k == "extra key"}
+    needs_tensors = {*TENSORS, "nothing"} - {"extra key"}
+    return {k: v for k, v in kinds.items() if shares or k not in needs_tensors}
 
 
 @pytest.mark.parametrize("strategy", slow_but(FAST))
@@ -221,3 +237,69 @@ def test_every_malformed_outcome_is_refused_by_the_worker(dataset, strategy, mon
         expected, failures = by_blocks(dataset, strategy, kinds)
     assert all((f.stage, f.reason) == ("train", "OSError: no power") for (f,) in failures)
     assert found == expected
+
+
+EVALUATIONS = {
+    "examples infinite": metric("num-examples", float("inf")),
+    "no examples": metric("num-examples", 0),
+    "accuracy NaN": metric("accuracy", float("nan")),
+    "a loss of the wrong kind": metric("loss", [1.0, 2.0]),
+    "no metrics": no_metrics,
+    "metrics of the wrong kind": metrics_of_the_wrong_kind,
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_a_malformed_evaluation_is_left_out_by_name(dataset, caplog, kind):
+    made = small(dataset, "fedbn")
+    scores = {}
+    for hostile in (None, EVALUATIONS[kind]):
+
+        class Evaluating(SimulationGrid):
+            def _evaluate(self, group, edit=hostile):
+                replies = super()._evaluate(group)
+                if edit:
+                    edit(replies[HOSTILE].content)
+                    return replies
+                return [r for r in replies if r.metadata.src_node_id != HOSTILE + 1]
+
+        grid = Evaluating(made.federation)
+        made.strategy.state = dict(made.federation.shared)
+        messages = made.strategy.configure_evaluate(1, grid.initial_arrays(), ConfigRecord(), grid)
+        scores[hostile] = made.strategy.aggregate_evaluate(1, grid.send_and_receive(messages))
+    assert scores[None] == scores[EVALUATIONS[kind]]
+    assert f"node {HOSTILE + 1}: evaluation rejected: " in caplog.text
+
+
+def test_the_policy_holds_for_messages_too(dataset, caplog):
+    def run(policy: Policy, edit) -> tuple[list[str], list[int], str]:
+        """(state's checksum after each of four rounds, clients asked in each, the log)."""
+        made = small(dataset, "fedavg")
+        made.strategy.policy = policy
+        asked, hashes = [], []
+
+        class Counting(Single):
+            def _train(self, group):
+                asked.append(len(group))
+                return super()._train(group)
+
+        grid = Counting(made.federation, edit)
+        record = lambda round, arrays: hashes.append(state_sha256(made.strategy.state)) if round else None  # noqa: E731
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "fedsim"):
+            made.strategy.start(grid, grid.initial_arrays(), num_rounds=4, evaluate_fn=record)
+        return hashes, asked, caplog.text
+
+    far_away = lambda round, content: tensors(scaled(1e3))(content)  # noqa: E731
+    without, asked, _ = run(Policy(), None)
+    assert asked == [5, 5, 5, 5]
+    bounded, _, log = run(Policy(max_update_norm=20.0), far_away)
+    assert bounded == without
+    assert log.count("the bound is 20") == 4
+    aside, asked, log = run(Policy(max_update_norm=20.0, set_aside_after=2), far_away)
+    assert aside == without
+    assert asked == [5, 5, 4, 4]
+    assert log.count(f"node {HOSTILE + 1} is set aside after 2 refused rounds") == 1
+    void, _, log = run(Policy(max_update_norm=20.0, quorum=1.0), far_away)
+    assert set(void) == {state_sha256(small(dataset, "fedavg").federation.shared)}
+    assert log.count("4 of 5 updates can be used, the quorum is 1; the model stays as it is") == 4

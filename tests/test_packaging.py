@@ -34,7 +34,9 @@ def test_the_pack_and_the_recipes_are_there():
 
 def test_nothing_unpickles_but_the_restricted_reader():
     suspicious = re.compile(
-        r"^\s*(import|from) (cloud)?pickle|allow_pickle=True|torch\.load\(|weights_only=False", re.M
+        r"^\s*(import|from) (cloud|ray\.cloud)?(pickle|marshal|shelve|dill|joblib)|\bcloudpickle\b|read_pickle"
+        r"|allow_pickle=True|torch\.(jit\.|hub\.)?load\(|torch\.package|weights_only=False|\bnp\.load\((?!.*allow_pickle=False)",
+        re.M,
     )
     found = {
         str(path.relative_to(ROOT))

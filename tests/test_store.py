@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from fedsim.errors import DataError
 from fedsim.store import ClientStore
 from fedsim.types import ClientState
+from tests.tensors import identical, named_bits
 
 
 def state(value: float) -> ClientState:
@@ -27,6 +29,22 @@ def test_a_store_reopened_holds_the_same_bits(tmp_path):
     assert same(again.get(7), state(0.25))
     assert torch.signbit(again.get(7).private["bn.weight"][1])
     assert again.get(8) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(named_bits(), named_bits())
+def test_any_bits_come_back_from_the_file(private, memory):
+    store = ClientStore()
+    store.put(0, 1, ClientState(private, memory))
+    store.flush()
+    store.recent.clear()
+    found = store.get(0)
+    store.close()
+    if private or memory:
+        assert identical(found.private, private)
+        assert identical(found.memory, memory)
+    else:
+        assert found is None, "nothing is kept of a client that keeps nothing"
 
 
 def test_rewind_and_prune_keep_what_a_resume_needs(tmp_path):

@@ -31,13 +31,11 @@ def datasets(tmp_path_factory) -> dict[tuple[int, ...], Dataset]:
 def both(datasets, model: str, strategy: str) -> tuple[Small, Small]:
     dataset = datasets[SHAPES.get(model, (3, 12, 12))]
     # two ragged clients, two steps each; one step of the 57 million parameters is enough
-    shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7))
+    robust = presets()[strategy].parts.get("aggregation")
+    shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7, 8) if robust else (8, 7))
     sections = {
         "model": {"name": model},
-        "algorithm": {
-            "strategy": strategy,
-            **({"byzantine": 0} if presets()[strategy].parts.get("aggregation") else {}),
-        },
+        "algorithm": {"strategy": strategy, **({"byzantine": 0} if robust else {})},
         "federation": {"public-per-class": 1},  # for methods that score weights on the server
         "training": {"batch-size": 4, "lr": 0.01, "dtype": "float64"},
     }

@@ -103,3 +103,12 @@ def test_composes_with_normalization_under_both_executors(dataset, strategy, nor
         "training": {"dtype": "float64"},
     }
     agree(*(Small(dataset, simulation={"executor": e}, **sections) for e in ("loop", "vmap")), rounds=2)
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "fednova", "feddyn"])
+def test_what_wraps_the_rule_keeps_its_own_state(dataset, strategy):
+    algorithm = {"strategy": strategy, "pruning": "fedtiny", "density": 0.2, "adjust-every": 1, "adjust-until": 4}
+    state = Small(dataset, algorithm=algorithm, training={"lr": 0.01}).run(2)
+    assert int(state["@adjustments"]) == 2
+    masks = {n.removeprefix("@mask."): v for n, v in state.items() if n.startswith("@mask.")}
+    assert sum(int(v.sum()) for v in masks.values()) == round(0.2 * sum(v.numel() for v in masks.values()))

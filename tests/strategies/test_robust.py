@@ -154,6 +154,7 @@ COMPOSED = [
     {"strategy": "fedexp", "aggregation": "median"},
     {**FEDTINY, "aggregation": "median", "pooled-variance": True},
     {**FEDTINY, "aggregation": "bulyan"},
+    {**FEDTINY, "normalization": "local", "aggregation": "norm-clipping"},  # one order returns nothing
     {"strategy": "ditto", "aggregation": "norm-clipping"},
 ]
 
@@ -184,11 +185,10 @@ def accuracy(dataset, strategy: str) -> float:
     return sum(s.correct for s in scores) / sum(s.examples for s in scores)
 
 
-def test_one_of_seven_that_turns_its_update_round_does_not_keep_the_rest_from_learning(dataset, monkeypatch):
+@pytest.mark.parametrize("strategy", [n if n == "median" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_one_of_seven_that_turns_its_update_round_does_not_keep_the_rest_from_learning(dataset, monkeypatch, strategy):
     hand_over(monkeypatch, 4, scaled(-20.0))
-    defenceless = accuracy(dataset, "fedavg")
-    found = {strategy: accuracy(dataset, strategy) for strategy in NAMES}
-    assert min(found.values()) > defenceless + 0.1, (found, defenceless)
+    assert accuracy(dataset, strategy) > accuracy(dataset, "fedavg") + 0.1
 
 
 @pytest.mark.parametrize(
