@@ -62,8 +62,7 @@ def test_what_is_private_never_appears_in_a_message(dataset, normalization, stra
     for round in (1, 2):
         for number, order in enumerate(small.strategy.orders(round, state)):
             secrets = [telling(federation.state(c).private) for c in range(3)] if round > 1 else []
-            results = federation.train_blocks(replace(order, fold=False), [0, 1, 2])
-            replies = [reply for result in results for reply in result.replies]
+            replies = federation.train(replace(order, fold=False), [0, 1, 2]).singles
             assert [r.client for r in replies] == [0, 1, 2]
             secrets += [telling(federation.state(c).private) for c in range(3)]
             contents = [order_content(order, number), *(reply_content(r, number, order.masks) for r in replies)]
