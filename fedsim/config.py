@@ -109,7 +109,9 @@ class Evaluation(Section):
     every: Count = 1
     batch_size: Count = 250
     modes: str = Field("", description="comma-separated evaluation modes, scored beside the ordinary evaluation")
-    modes_every: Annotated[int, Field(ge=0)] = Field(0, description="rounds between them; 0: after the last alone")
+    modes_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="of the evaluated rounds, multiples of it; 0: the last alone"
+    )
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="weight of the test batch in alpha-bn")
     components: Count = Field(16, description="components of unmix-tns")
     never_sampled: Literal["initial", "mean"] = Field(

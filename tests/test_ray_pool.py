@@ -127,6 +127,16 @@ def test_workers_that_die_as_they_start_end_the_run_with_a_message(dataset, ray_
     pool.close()
 
 
+def test_evaluation_modes_give_the_same_scores_in_rays_workers(dataset, ray_session):
+    modes = "own,mean,reestimated,unmix-tns"
+    small = Small(dataset, algorithm={"strategy": "fedbn"}, evaluation={"modes": modes})
+    state = small.run(1)
+    expected = {m: small.federation.evaluate_mode(state, m) for m in small.spec.modes}
+    pool = pool_for(small)
+    assert {m: small.federation.evaluate_mode(state, m) for m in small.spec.modes} == expected
+    pool.close()
+
+
 def test_more_than_the_machine_has_is_refused(dataset, ray_session):
     from fedsim.ray_pool import RayPool
 

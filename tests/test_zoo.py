@@ -4,10 +4,15 @@ In float64, so that a mistake cannot hide behind rounding: with batches of four,
 about a thousandfold each round (MobileNetV2: 1e-13, 2e-10, 7e-7). ``test_engine`` has the same comparison in float32.
 """
 
+import copy
+
 import pytest
+from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 from fedsim.data import Dataset
 from fedsim.errors import ConfigError
+from fedsim.evaluation import mode_batches
 from fedsim.registry import presets
 from tests.conftest import IMAGE_MODELS, Small, shards_of, small_dataset
 from tests.test_engine import agree
@@ -62,6 +67,28 @@ def test_vmap_agrees_with_the_loop_on_every_model_and_strategy(datasets, model, 
             both(datasets, model, strategy)
         return
     agree(*both(datasets, model, strategy))
+
+
+HEAVY = ("mobilenet-v2", "resnet-18", "vgg-11")
+BATCH_NORM_MODELS = [m for m in IMAGE_MODELS if m not in ("alexnet", "logistic", *HEAVY) and "vit" not in m]
+
+
+@pytest.mark.parametrize("model", [*BATCH_NORM_MODELS, *(pytest.param(m, marks=pytest.mark.slow) for m in HEAVY)])
+def test_evaluation_modes_run_on_every_model(datasets, model):
+    modes = "own,mean,pooled,reestimated,adabn,test-batch,alpha-bn,unmix-tns"
+    dataset = datasets[SHAPES.get(model, (3, 12, 12))]
+    sections = {"model": {"name": model}, "algorithm": {"strategy": "fedbn"}}
+    small = Small(dataset, shards_of(dataset, (8, 7)), evaluation={"modes": modes, "batch-size": 8}, **sections)
+    federation = small.federation
+    found = {m: federation.evaluate_mode(federation.shared, m) for m in small.spec.modes}
+    assert all([s.client for s in scores] == [0, 1] for scores in found.values())
+    oracle = copy.deepcopy(small.task.model)
+    indices = mode_batches(dataset.slice(dataset.domains[1], "test"), 8, small.config.seed)
+    batches = [federation.pool.worker.examples.batch("test", i) for i in indices]
+    oracle.load_state_dict({**federation.shared, **federation.private})
+    update_bn([x for x, _ in batches], oracle)
+    loss = sum(F.cross_entropy(oracle.eval()(x).detach(), y, reduction="sum") for x, y in batches)
+    assert found["adabn"][1].loss == pytest.approx(float(loss), rel=1e-4)
 
 
 def senseless(model: str, strategy: str) -> str:

@@ -1,5 +1,7 @@
 """FBN: the layer and the server's pooling against numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,8 +47,7 @@ def test_the_server_pools_with_the_spread_between_the_clients(dataset, executor)
     assert layers
     for round in (1, 2):
         (order,) = small.strategy.orders(round, state)
-        blocks = federation.train_blocks(order.__class__(round, order.shared, fold=False), [0, 1, 2])
-        replies = [reply for block in blocks for reply in block.replies]
+        replies = federation.train(replace(order, fold=False), [0, 1, 2]).singles
         weights = np.array([r.examples for r in replies]) / sum(r.examples for r in replies)
         after = small.strategy.aggregate(round, state, order, federation.train(order, [0, 1, 2]))
         for layer in layers:
