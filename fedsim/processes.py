@@ -1,4 +1,6 @@
-"""Environment of the processes that train."""
+"""Environment of the processes that train, and memory of those that send models."""
+
+import ctypes
 
 # glibc gives large blocks back to the kernel after every batch; keeping them saves a quarter of a CNN's CPU time.
 # One thread each: two one-thread workers are faster than two threads in one, and the bits depend on the threads.
@@ -8,3 +10,16 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_NUM_THREADS": "1",
 }
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory it frees, for a process that moves models of the same size round after round.
+
+    glibc hands large blocks back, and the system then clears every page of the next one: a third of the processor
+    time of a round over the wire with 14 M parameters. Elsewhere this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)

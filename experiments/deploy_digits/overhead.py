@@ -31,6 +31,7 @@ from fedsim.deployment.wire import pack, unpack
 from fedsim.flower import order_content, read_order, read_reply, reply_content
 from fedsim.fold import Partial, mean, merge
 from fedsim.guard import refuse
+from fedsim.processes import keep_memory
 from fedsim.types import Order, Reply, Tensors
 
 CLIENTS = 4
@@ -41,6 +42,7 @@ PATIENCE = Patience(60.0, 600.0, 600.0)
 def echo(folder: Path, name: str, port: int) -> None:
     """A client that sends every model back."""
     torch.set_num_threads(1)
+    keep_memory()
     key = keys.read_key(folder / f"{name}.key")
     connection = Connection(f"127.0.0.1:{port}", folder / "ca.crt", key)
     while True:
@@ -75,6 +77,7 @@ def measure(folder: Path, rounds: int, pipe) -> None:
     """The server, in a process of its own: gRPC must not be running where the clients are forked from."""
     disable(CRITICAL)
     torch.set_num_threads(1)
+    keep_memory()
     link = Link("127.0.0.1:0", cert=folder / "server.crt", key=folder / "server.key", clients=folder / "known")
     pipe.send(link.port)
     processes = [os.getpid(), *pipe.recv()]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when gRPC is loaded; it would log every failed handshake
 keys = typer.Typer(no_args_is_help=True)
 ClientsDir = Annotated[Path, typer.Option("--clients-dir", help="folder of the registered clients' public keys")]
 Ca = Annotated[Path, typer.Option(help="certificate of the CA that signed the server's")]
@@ -16,7 +17,6 @@ Ca = Annotated[Path, typer.Option(help="certificate of the CA that signed the se
 
 def _talk() -> None:
     """One line an event on standard error; Flower's own chatter stays out of it."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it would log every handshake that fails, in a form of its own
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("fedsim").setLevel(logging.INFO)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
@@ -40,9 +40,11 @@ def server(
     from fedsim.config import load_config
     from fedsim.deployment.federation import Patience
     from fedsim.deployment.server import serve
+    from fedsim.processes import keep_memory
     from fedsim.recipes import report
 
     _talk()
+    keep_memory()
     settings = load_config(config, list(set or []))
     out = out or Path("runs") / settings.name
     patience = Patience(silence, round_timeout, wait)
@@ -65,8 +67,10 @@ def client(
     from fedsim.deployment.client import work
     from fedsim.deployment.keys import read_key
     from fedsim.deployment.site import Site
+    from fedsim.processes import keep_memory
 
     _talk()
+    keep_memory()
     work(server, ca, read_key(key), Site(domain, data, state), give_up=give_up, stay=stay)
 
 
