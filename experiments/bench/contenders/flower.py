@@ -18,7 +18,7 @@ from experiments.bench.workloads import Workload, cohort, load, workload
 
 
 def client_of(workload: Workload) -> ClientApp:
-    """The client of Flower's quickstart: build a model, load the arrays, train, reply. Parameters travel, no buffers."""
+    """The client of Flower's quickstart: build a model, load the arrays, train, reply. No buffers travel."""
     app = ClientApp()
     cache: dict[str, tuple] = {}  # an actor maps the data once, not once a message
 
