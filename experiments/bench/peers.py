@@ -69,4 +69,9 @@ CONTENDERS = {
     "pfl-2": Contender("pfl_ranks.py", environment="pfl"),
     "fedjax": Contender("fedjax_.py", environment="jax", variables=JAX),
     "jax-vmap": Contender("jax_vmap.py", environment="jax", models=("logistic",), variables=JAX),
+    "fluke-1": Contender("fluke_.py", environment="fluke"),
+    "fluke-2": Contender("fluke_.py", ("--threads", "2"), environment="fluke"),
+    "blazefl-serial": Contender("blazefl_.py", ("--mode", "serial"), environment="blazefl"),
+    "blazefl-threads": Contender("blazefl_.py", ("--mode", "threads"), environment="blazefl"),
+    "blazefl-processes": Contender("blazefl_.py", ("--mode", "processes"), environment="blazefl"),
 }
