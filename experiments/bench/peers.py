@@ -15,6 +15,8 @@ HERE = Path(__file__).resolve().parent
 CNNS = ("mcmahan-cnn", "digits-cnn")
 MALLOC = {name: value for name, value in ALLOCATOR.items() if name.startswith("MALLOC")}
 
+JAX = {"JAX_PLATFORMS": "cpu"}
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -62,4 +64,14 @@ CONTENDERS = {
     "bmm": Contender("bmm.py", models=("logistic",)),
     "vmap": Contender("vmap.py", models=("logistic",)),
     "flower": Contender("flower.py", variables={"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}),
+    "pfl-1": Contender("pfl_.py", environment="pfl"),
+    "pfl-1-2": Contender("pfl_.py", ("--threads", "2"), environment="pfl"),
+    "pfl-2": Contender("pfl_ranks.py", environment="pfl"),
+    "fedjax": Contender("fedjax_.py", environment="jax", variables=JAX),
+    "jax-vmap": Contender("jax_vmap.py", environment="jax", models=("logistic",), variables=JAX),
+    "fluke-1": Contender("fluke_.py", environment="fluke"),
+    "fluke-2": Contender("fluke_.py", ("--threads", "2"), environment="fluke"),
+    "blazefl-serial": Contender("blazefl_.py", ("--mode", "serial"), environment="blazefl"),
+    "blazefl-threads": Contender("blazefl_.py", ("--mode", "threads"), environment="blazefl"),
+    "blazefl-processes": Contender("blazefl_.py", ("--mode", "processes"), environment="blazefl"),
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.bench import driver, workloads
-from experiments.bench.contenders import bmm, fedsim_, plain, vmap
+from experiments.bench.contenders import bmm, fedsim_, flower, plain, two_processes, vmap
 from experiments.bench.memory import Tree, Watch
 from experiments.bench.peers import CONTENDERS
 from experiments.bench.reporting import BenchError, Result, parse
@@ -47,6 +47,14 @@ def test_contenders_do_equal_work_with_private_normalization():
     assert same(PRIVATE, found, expected)
     shared = plain.run(replace(PRIVATE, private=False), 2)
     assert shared.loss != pytest.approx(expected.loss, rel=1e-6), "who averages gamma and beta does other work"
+
+
+@pytest.mark.slow
+def test_two_workers_two_processes_and_flower_do_equal_work():
+    expected = plain.run(TINY, 2)
+    for found in (two_processes.run(TINY, 2), fedsim_.run(TINY, 2, workers=2), flower.run(TINY, 2)):
+        assert same(TINY, found, expected), found.contender
+    assert same(PRIVATE, two_processes.run(PRIVATE, 2), plain.run(PRIVATE, 2))
 
 
 def test_plain_is_federated_averaging():

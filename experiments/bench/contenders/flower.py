@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -18,7 +19,7 @@ from experiments.bench.workloads import Workload, cohort, load, workload
 
 
 def client_of(workload: Workload) -> ClientApp:
-    """The client of Flower's quickstart: build a model, load the arrays, train, reply. Only parameters travel."""
+    """The client of Flower's quickstart: build a model, load the arrays, train, reply. No buffers travel."""
     app = ClientApp()
     cache: dict[str, tuple] = {}  # an actor maps the data once, not once a message
 
@@ -27,9 +28,10 @@ def client_of(workload: Workload) -> ClientApp:
         torch.set_num_threads(1)
         x, y = cache.get("data") or cache.setdefault("data", load(workload))
         model = bare_model(workload)
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=False)
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict(), strict=False)
         model.train()
-        train(model, *shard(x, y, int(message.content["config"]["client"])), workload.lr, workload.batch)
+        client = cast(int, message.content.config_records["config"]["client"])
+        train(model, *shard(x, y, client), workload.lr, workload.batch)
         arrays = ArrayRecord({n: p.detach() for n, p in model.named_parameters()})
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": workload.examples})})
         return Message(content=content, reply_to=message)
@@ -68,7 +70,10 @@ def run(workload: Workload, rounds: int, actors: int = 2) -> Result:
         stamps.append(time.perf_counter())
         ends.append(found.arrays)
 
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": actors}}
+    resources: dict[str, Any] = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"num_cpus": actors},
+    }
     run_simulation(server, client_of(workload), num_supernodes=workload.clients, backend_config=resources)
     loss = final_loss(workload, ends[0].to_torch_state_dict(), {})
     return result("flower", workload.name, stamps, loss, "flwr", "ray", "torch", "numpy")
