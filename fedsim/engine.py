@@ -6,8 +6,9 @@ workers nor on which of them finished first.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from fedsim.strategy import Replies
 from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
 from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
+
+WINDOW = 2048  # evaluations under way at a time
 
 
 def block_size(executor: str, cohort: int) -> int:
@@ -72,8 +75,11 @@ class Federation:
     def newcomer(self) -> Tensors:
         """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
         (the advice of FedBN's authors for external clients), or the initial ones if none has."""
-        states = [state.private for c in range(len(self)) if (state := self.store.get(c))] if self.private else []
-        return mean(merge(Partial.of(s, 1.0) for s in states), self.private) if states else self.private
+        states = (state.private for c in range(len(self)) if (state := self.store.get(c)))
+        first = next(states, None) if self.private else None
+        if first is None:
+            return self.private
+        return mean(merge(Partial.of(s, 1.0) for s in itertools.chain([first], states)), self.private)
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         """Carry out an order.
@@ -113,16 +119,19 @@ class Federation:
         client's own model is scored on the test split of each domain it holds data of. ``validation`` scores each
         client on its held-out examples; ``unseen`` scores the model of a newcomer on the domain left out.
         """
-        jobs = list(self._jobs(split))
-        chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
-        results: list[list[Score]] = [[] for _ in chunks]
-        for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
-            if isinstance(result, WorkerLost):
-                raise RuntimeError(f"evaluation failed: {result}")
-            results[number] = result
-        return [score for result in results for score in result]
+        scores, every = [], self._jobs(split)
+        # A window at a time: each job carries a client's private tensors, which are in memory only so long.
+        while jobs := list(itertools.islice(every, WINDOW)):
+            chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
+            results: list[list[Score]] = [[] for _ in chunks]
+            for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
+                if isinstance(result, WorkerLost):
+                    raise RuntimeError(f"evaluation failed: {result}")
+                results[number] = result
+            scores += [score for result in results for score in result]
+        return scores
 
-    def _jobs(self, split: str) -> Iterable[EvaluationJob]:
+    def _jobs(self, split: str) -> Iterator[EvaluationJob]:
         dataset, shards = self.spec.dataset, self.spec.shards
         if split == "validation":
             if self.validation is None:
