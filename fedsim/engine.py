@@ -6,8 +6,9 @@ workers nor on which of them finished first.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
+WINDOW = 2048  # evaluations under way at a time
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
@@ -95,11 +97,15 @@ class Federation:
         """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
         (the advice of FedBN's authors for external clients), or the initial ones if none has."""
         states = self.kept()
-        return mean(merge(Partial.of(s, 1.0) for s in states), self.private) if states else self.private
+        first = next(states, None)
+        if first is None:
+            return self.private
+        return mean(merge(Partial.of(s, 1.0) for s in itertools.chain([first], states)), self.private)
 
-    def kept(self) -> list[Tensors]:
+    def kept(self) -> Iterator[Tensors]:
         """Private tensors of the clients that have trained."""
-        return [state.private for c in range(len(self)) if (state := self.store.get(c))] if self.private else []
+        if self.private:
+            yield from (state.private for c in range(len(self)) if (state := self.store.get(c)))
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         """Carry out an order.
@@ -157,37 +163,44 @@ class Federation:
         Raises:
             FedsimError: a worker could not finish it as often as retries allow.
         """
-        return self._evaluate(shared, list(self._jobs(split)))
+        return self._evaluate(shared, self._jobs(split))
 
     def evaluate_mode(self, shared: Tensors, name: str, split: str = "test") -> list[Score]:
         """The same under an evaluation mode; ``split`` is ``test`` or ``unseen``."""
         mode = self.spec.modes[name]
         if split not in mode.splits:
             return []
-        kept = self.kept()
-        gathered = mode.gather(kept or [self.private]) if mode.gathers else {}
-        if mode.every_model:
-            indices = self.spec.dataset.slice(self.unseen, "test")
-            trained = [c for c in range(len(self)) if self.store.get(c)]
-            jobs = [EvaluationJob(c, self.unseen, split, indices, self.state(c).private) for c in trained]
-        else:
-            jobs = list(self._jobs(split, every_client=mode.own_examples))
+        gathered = mode.gather(list(self.kept()) or [self.private]) if mode.gathers else {}
         newcomer = self.newcomer() if self.never_sampled == "mean" and split == "test" else {}
-        for i, job in enumerate(jobs):
-            replaced = newcomer if job.client >= 0 and not self.store.get(job.client) else {}
-            jobs[i] = replace(job, mode=name, private={**job.private, **replaced, **gathered})
-        return mode.choose(self._evaluate(shared, jobs))
 
-    def _evaluate(self, shared: Tensors, jobs: list[EvaluationJob]) -> list[Score]:
-        chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
-        results: list[list[Score]] = [[] for _ in chunks]
-        for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
-            if isinstance(result, WorkerLost):
-                raise FedsimError(f"evaluation failed: {result}")
-            results[number] = result
-        return [score for result in results for score in result]
+        def jobs() -> Iterator[EvaluationJob]:
+            for job in self._trained_on_unseen() if mode.every_model else self._jobs(split, mode.own_examples):
+                replaced = newcomer if job.client >= 0 and not self.store.get(job.client) else {}
+                yield replace(job, mode=name, private={**job.private, **replaced, **gathered})
 
-    def _jobs(self, split: str, *, every_client: bool = False) -> Iterable[EvaluationJob]:
+        return mode.choose(self._evaluate(shared, jobs()))
+
+    def _trained_on_unseen(self) -> Iterator[EvaluationJob]:
+        """The model of every client that has trained, on the domain left out."""
+        indices = self.spec.dataset.slice(self.unseen, "test")
+        for client in range(len(self)):
+            if state := self.store.get(client):
+                yield EvaluationJob(client, self.unseen, "unseen", indices, state.private)
+
+    def _evaluate(self, shared: Tensors, every: Iterator[EvaluationJob]) -> list[Score]:
+        scores = []
+        # A window at a time: each job carries a client's private tensors, which are in memory only so long.
+        while jobs := list(itertools.islice(every, WINDOW)):
+            chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
+            results: list[list[Score]] = [[] for _ in chunks]
+            for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
+                if isinstance(result, WorkerLost):
+                    raise FedsimError(f"evaluation failed: {result}")
+                results[number] = result
+            scores += [score for result in results for score in result]
+        return scores
+
+    def _jobs(self, split: str, every_client: bool = False) -> Iterator[EvaluationJob]:
         dataset, shards = self.spec.dataset, self.spec.shards
         if split == "validation":
             if self.validation is None:
