@@ -1,5 +1,6 @@
 """``flwr run .`` with our own app in Flower's own simulation: its SuperLink, its Ray engine, our algorithm."""
 
+import contextlib
 import os
 import re
 import signal
@@ -29,7 +30,8 @@ def end_all(home: Path) -> None:
     """SIGTERM to all of them until none is left."""
     for _ in range(50):
         for pid in processes_of(home):
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(pid, signal.SIGTERM)
         if not processes_of(home):
             break
         time.sleep(0.2)

@@ -53,6 +53,7 @@ def run_through(deployment, cuts: list[int], silent: bool = False) -> str:
     middle = deployment._start("relay", lambda: relay(port, deployment.port, list(cuts), silent))
     middle.until("relay ready")
     server = deployment.server()
+    server.until("listening")  # the relay uses up a cut on every connection, also on one that leads nowhere
     clients = [deployment.client(domain) for domain in DOMAINS[1:]]
 
     def behind() -> None:

@@ -126,7 +126,10 @@ def attack(deployment, who: str, seed: int) -> None:
         except grpc.RpcError as error:
             codes[error.code().name] += 1
         if not mine and number % 20 == 0:
-            _not_even_http(draw, deployment)
+            try:
+                _not_even_http(draw, deployment)
+            except OSError:
+                codes["UNAVAILABLE"] += 1
     print(f"{who}: {dict(codes)}", flush=True)
     print(f"unexpected: {sorted(set(codes) - CODES)}", flush=True)
 

@@ -16,7 +16,7 @@ from fedsim.config import parse_config
 from fedsim.deployment import keys
 from fedsim.run import run
 from tests.deployment.conftest import free_port
-from tests.test_flwr_run import end_all
+from tests.test_flwr_run import end_all, processes_of
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -71,7 +71,8 @@ class Stock:
             process.terminate()
         end_all(self.folder / "flwr")
         for process in self.started:
-            process.wait(20)
+            process.wait(60)
+        assert not processes_of(self.folder / "flwr")
 
 
 def flat(settings: dict) -> str:
