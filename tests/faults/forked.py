@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401 (the counter of FLOPs imports it, which takes longer than all of a small run)
+
 import fedsim.cli
 import fedsim.deployment.client
 import fedsim.recipes
@@ -37,7 +39,7 @@ class Done:
     err: str
 
 
-def _child(words: list[str], folder: str, environment: dict[str, str], before: Callable[..., None] | None, extra: Any):
+def _child(folder: str, environment: dict[str, str], function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
@@ -45,14 +47,49 @@ def _child(words: list[str], folder: str, environment: dict[str, str], before: C
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (the process's own streams)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.update(environment)
-    if before is not None:
-        before(*extra)
-    sys.argv = ["fedsim", *words]
     try:
-        fedsim.cli.main()
+        function(*inputs)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def forked(
+    function: Callable[..., Any],
+    *inputs: Any,
+    environment: dict[str, str] | None = None,
+    timeout: float = 120.0,
+    kill_after: float | None = None,
+) -> Done:
+    """Call a module's function in a process of its own.
+
+    Args:
+        kill_after: seconds after which it gets SIGKILL, if it is still there.
+
+    Raises:
+        TimeoutError: it is still running after ``timeout`` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        variables = {"COLUMNS": "120", **(environment or {})}
+        process = CONTEXT.Process(target=_child, args=(folder, variables, function, inputs))
+        process.start()
+        process.join(timeout if kill_after is None else kill_after)
+        late = process.exitcode is None
+        if late:
+            process.kill()
+            process.join()
+        if late and kill_after is None:
+            raise TimeoutError(f"{function.__name__}{inputs}: still running after {timeout:.0f} s")
+        streams = [Path(folder) / name for name in ("out", "err")]
+        out, err = (s.read_text() if s.exists() else "" for s in streams)  # a process killed at once has none
+        return Done(process.exitcode, out, err)
+
+
+def _command(words: list[str], before: Callable[..., None] | None, extra: tuple[Any, ...]) -> None:
+    if before is not None:
+        before(*extra)
+    sys.argv = ["fedsim", *words]
+    fedsim.cli.main()
 
 
 def fedsim_command(
@@ -67,15 +104,4 @@ def fedsim_command(
     Args:
         before: a module's function, called with ``extra`` in that process before the command; it lays the mines.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        variables = {"COLUMNS": "120", **(environment or {})}
-        inputs = ([str(w) for w in words], folder, variables, before, tuple(extra))
-        process = CONTEXT.Process(target=_child, args=inputs)
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise TimeoutError(f"fedsim {' '.join(map(str, words))}: still running after {timeout:.0f} s")
-        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
-        return Done(process.exitcode, out, err)
+    return forked(_command, [str(w) for w in words], before, tuple(extra), environment=environment, timeout=timeout)
