@@ -6,8 +6,9 @@ workers nor on which of them finished first.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
 from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
 
+WINDOW = 2048  # evaluations under way at a time
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
 
@@ -94,12 +96,20 @@ class Federation:
     def newcomer(self) -> Tensors:
         """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
         (the advice of FedBN's authors for external clients), or the initial ones if none has."""
-        states = self.kept()
-        return mean(merge(Partial.of(s, 1.0) for s in states), self.private) if states else self.private
+        states = self._each_kept()
+        first = next(states, None)
+        if first is None:
+            return self.private
+        return mean(merge(Partial.of(s, 1.0) for s in itertools.chain([first], states)), self.private)
 
     def kept(self) -> list[Tensors]:
         """Private tensors of the clients that have trained."""
-        return [state.private for c in range(len(self)) if (state := self.store.get(c))] if self.private else []
+        return list(self._each_kept())
+
+    def _each_kept(self) -> Iterator[Tensors]:
+        """One at a time, so that a mean over many clients needs no room for all of them."""
+        clients = range(len(self)) if self.private else ()
+        return (state.private for c in clients if (state := self.store.get(c)))
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         """Carry out an order.
@@ -157,7 +167,7 @@ class Federation:
         Raises:
             FedsimError: a worker could not finish it as often as retries allow.
         """
-        return self._evaluate(shared, list(self._jobs(split)))
+        return self._evaluate(shared, self._jobs(split))
 
     def evaluate_mode(self, shared: Tensors, name: str, split: str = "test") -> list[Score]:
         """The same under an evaluation mode; ``split`` is ``test`` or ``unseen``."""
@@ -178,14 +188,18 @@ class Federation:
             jobs[i] = replace(job, mode=name, private={**job.private, **replaced, **gathered})
         return mode.choose(self._evaluate(shared, jobs))
 
-    def _evaluate(self, shared: Tensors, jobs: list[EvaluationJob]) -> list[Score]:
-        chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
-        results: list[list[Score]] = [[] for _ in chunks]
-        for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
-            if isinstance(result, WorkerLost):
-                raise FedsimError(f"evaluation failed: {result}")
-            results[number] = result
-        return [score for result in results for score in result]
+    def _evaluate(self, shared: Tensors, every: Iterable[EvaluationJob]) -> list[Score]:
+        scores, every = [], iter(every)
+        # A window at a time: each job carries a client's private tensors, which are in memory only so long.
+        while jobs := list(itertools.islice(every, WINDOW)):
+            chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
+            results: list[list[Score]] = [[] for _ in chunks]
+            for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
+                if isinstance(result, WorkerLost):
+                    raise FedsimError(f"evaluation failed: {result}")
+                results[number] = result
+            scores += [score for result in results for score in result]
+        return scores
 
     def _jobs(self, split: str, *, every_client: bool = False) -> Iterable[EvaluationJob]:
         dataset, shards = self.spec.dataset, self.spec.shards

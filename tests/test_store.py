@@ -1,12 +1,16 @@
 """Private state of clients: identity through the file, rewinding, damage."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 
-from fedsim.errors import DataError
+from fedsim.errors import DataError, StorageError
 from fedsim.store import ClientStore
 from fedsim.types import ClientState
+from tests.faults.forked import forked
 from tests.tensors import identical, named_bits
 
 
@@ -76,3 +80,44 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     store.recent.clear()
     with pytest.raises(DataError, match="client 0 of round 1 is damaged"):
         store.get(0)
+
+
+def test_a_full_disk_is_one_error_and_no_half_round(tmp_path):
+    store = ClientStore(tmp_path / "c.sqlite")
+    store.put(0, 1, state(0.5))
+    store.flush()
+    store.db.execute("PRAGMA max_page_count = 12")  # the file may not grow beyond: SQLITE_FULL, as on a full disk
+    for client in range(400):
+        store.put(client, 2, state(float(client)))
+    with pytest.raises(StorageError, match="cannot be written: database or disk is full"):
+        store.flush()
+    assert ClientStore(tmp_path / "c.sqlite").get(399) is None
+    store.db.execute("PRAGMA max_page_count = 1000000")
+    store.flush()
+    assert same(ClientStore(tmp_path / "c.sqlite").get(399), state(399.0))
+
+
+def hundred_thousand(path: Path, clients: int, budget: int) -> None:
+    """Two rounds of all clients' states of 4 kB, read again; prints how much memory this took at most, in bytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    store = ClientStore(path, budget)
+    for round in (1, 2):
+        for client in range(clients):
+            store.put(client, round, ClientState({"w": torch.full((1000,), float(client + round))}, {}))
+        store.flush()
+        store.prune(round)
+    for client in range(clients):
+        assert store.get(client).private["w"][999] == client + 2
+    count = store.db.execute("SELECT COUNT(*) FROM states").fetchone()[0]
+    assert count == clients, "the first round's were pruned"
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_clients_are_not_all_in_memory(tmp_path):
+    clients, budget = 100_000, 8 << 20
+    done = forked(hundred_thousand, tmp_path / "c.sqlite", clients, budget, timeout=900)
+    assert done.code == 0, done.err
+    peak = int(done.out)
+    print(f"{clients} states of 4 kB, 400 MB: {peak / 1e6:.0f} MB at most")
+    assert peak < 100e6

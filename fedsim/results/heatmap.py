@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedsim.results.plots import SMALL, new_figure
+from fedsim.results.figure import SMALL, new_figure
 from fedsim.results.run import RunDirectory
 
 Cells = Mapping[tuple[str, str], Sequence[float]]  # (row value, column value) -> final mean accuracy of each seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -77,30 +78,37 @@ class MetricStore:
             self.db.execute("DELETE FROM records WHERE round > ?", (round,))
 
     def read(self, name: str, split: str = "") -> list[tuple[int, int, str, float, float]]:
-        """(round, client, domain, sum, weight) of a metric, by round and client."""
-        return self._fetch(
+        """(round, client, domain, sum, weight) of a metric, by round and client; NaN as it was recorded."""
+        rows = self._fetch(
             "SELECT r.round, r.client, d.name, r.sum, r.weight FROM records r JOIN names d ON d.id = r.domain"
             " WHERE r.name = (SELECT id FROM names WHERE name = ?) AND r.split = (SELECT id FROM names WHERE name = ?)"
             " ORDER BY r.round, r.client, r.rowid",
             (name, split),
         )
+        return [(*where, _number(total), _number(weight)) for *where, total, weight in rows]
 
     def _fetch(self, query: str, values: tuple[str, str]) -> list[Any]:
         with reading(self.path, WHAT):
             return self.db.execute(query, values).fetchall()
 
     def by_domain(self, name: str, split: str = "test") -> dict[str, list[tuple[int, float]]]:
-        """domain -> [(round, mean over the domain's models of sum / weight)]."""
+        """domain -> [(round, mean over the domain's models of sum / weight)]; NaN if one of them is."""
         rows = self._fetch(
-            "SELECT d.name, r.round, AVG(r.sum / r.weight) FROM records r JOIN names d ON d.id = r.domain"
+            # SQLite keeps NaN as NULL, and AVG passes over it: a model that diverged would be left out in silence.
+            "SELECT d.name, r.round, CASE WHEN COUNT(r.sum) = COUNT(*) THEN AVG(r.sum / r.weight) END"
+            " FROM records r JOIN names d ON d.id = r.domain"
             " WHERE r.name = (SELECT id FROM names WHERE name = ?) AND r.split = (SELECT id FROM names WHERE name = ?)"
             " AND r.weight > 0 GROUP BY r.domain, r.round ORDER BY r.round",
             (name, split),
         )
         curves: dict[str, list[tuple[int, float]]] = {}
         for domain, round, value in rows:
-            curves.setdefault(domain, []).append((round, value))
+            curves.setdefault(domain, []).append((round, _number(value)))
         return curves
 
     def close(self) -> None:
         self.db.close()
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -3,9 +3,11 @@
 import pytest
 from PIL import Image
 
-from fedsim.results.plots import accuracy_by_domain, client_heatmap, draw_all, final_accuracy, learning_rates
+from fedsim.results.clients import client_heatmap, learning_rates
+from fedsim.results.plots import accuracy_by_domain, draw_all, final_accuracy
 from fedsim.results.run import find_runs
-from tests.results.conftest import write_run
+from fedsim.results.store import MetricStore
+from tests.results.conftest import DOMAINS, write_run
 
 
 def texts(figure) -> set[str]:
@@ -57,3 +59,32 @@ def test_every_picture_is_written_as_png_and_svg(runs, tmp_path):
     for path in paths:
         assert min(Image.open(path).size) > 200
         assert path.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def add_rounds(run, rounds, value: float) -> None:
+    store = MetricStore(run / "metrics.sqlite")
+    store.add([(r, -1, d, "test", "accuracy", value, 100.0) for r in rounds for d in DOMAINS])
+    store.commit()
+    store.close()
+
+
+def test_seeds_of_other_lengths_are_averaged_over_those_that_got_there(runs, tmp_path):
+    add_rounds(runs[0], [6], 60.0)
+    add_rounds(runs[1], [5], 30.0)
+    figure = accuracy_by_domain(find_runs(runs))
+    line = figure.axes[0].get_lines()[0]
+    assert line.get_xdata().tolist() == [2, 4, 5, 6]
+    # Seed 0: 45, 90, -, 60; seed 1: 40, 80, 30, -
+    assert line.get_ydata().tolist() == pytest.approx([42.5, 85, 30, 60])
+    draw_all(find_runs(runs), tmp_path / "plots")
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_went(runs, tmp_path):
+    add_rounds(runs[0], [6], float("nan"))
+    figure = accuracy_by_domain(find_runs(runs[:1]))
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [2, 4]
+    assert draw_all(find_runs(runs[:1]), tmp_path / "plots")
+
+
+def test_bars_begin_at_zero(runs):
+    assert final_accuracy(find_runs(runs)).axes[0].get_ylim()[0] == 0
