@@ -38,9 +38,12 @@ def both(datasets, model: str, strategy: str) -> tuple[Small, Small]:
     # two ragged clients, two steps each; one step of the 57 million parameters is enough
     robust = presets()[strategy].parts.get("aggregation")
     shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7, 8) if robust else (8, 7))
+    options: dict[str, float] = {"byzantine": 0} if robust else {}
+    if strategy == "fedtiny":
+        options["dev-fraction"] = 1.0  # of shards as small as these, lest BatchNorm see one example
     sections = {
         "model": {"name": model},
-        "algorithm": {"strategy": strategy, **({"byzantine": 0} if robust else {})},
+        "algorithm": {"strategy": strategy, **options},
         "federation": {"public-per-class": 1},  # for methods that score weights on the server
         "training": {"batch-size": 4, "lr": 0.01, "dtype": "float64"},
     }

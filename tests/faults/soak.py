@@ -70,15 +70,15 @@ def resident(process: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def workers(root: int) -> list[int]:
-    """The Ray actors among the descendants."""
+def ray_processes(root: int, kind: bytes = b"ray::") -> list[int]:
+    """Ray's actors and agents among the descendants, or (``ray::_Actor``) the actors alone."""
     found = []
     for process in descendants(root):
         try:
             name = Path(f"/proc/{process}/cmdline").read_bytes()
         except OSError:
             continue
-        if name.startswith(b"ray::") and b"IDLE" not in name:
+        if name.startswith(kind) and b"IDLE" not in name:
             found.append(process)
     return found
 
@@ -123,7 +123,7 @@ def soak(folder: Path, rounds: int) -> None:
         line = {
             "round": round,
             "resident": resident(os.getpid()),
-            "workers": sum(map(resident, workers(os.getpid()))),
+            "ray": sum(map(resident, ray_processes(os.getpid()))),
             "files": len(os.listdir("/proc/self/fd")),
             "database": clock.read() / EVERY,
             "round_seconds": (now - before) / EVERY,
@@ -142,12 +142,12 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 def table(folder: Path, rows: int = 10) -> Iterator[str]:
     """Medians of equal stretches of the run."""
-    yield "| rounds | main process (MiB) | 2 workers (MiB) | open files | database (ms a round) | round (ms) |"
+    yield "| rounds | main process (MiB) | Ray (MiB) | open files | database (ms a round) | round (ms) |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     found = np.array(lines(folder), dtype=object)
     for part in np.array_split(found, min(rows, len(found))):
         middle = {key: float(np.median([line[key] for line in part])) for key in part[0]}
-        memory = [f"{middle[key] / 2**20:.1f}" for key in ("resident", "workers")]
+        memory = [f"{middle[key] / 2**20:.1f}" for key in ("resident", "ray")]
         times = [f"{1000 * middle[key]:.2f}" for key in ("database", "round_seconds")]
         cells = [f"{part[0]['round']} to {part[-1]['round']}", *memory, f"{middle['files']:.0f}", *times]
         yield "| " + " | ".join(cells) + " |"

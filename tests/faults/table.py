@@ -22,10 +22,13 @@ def play(case: Case, place: Place) -> Done:
 
 
 def message(done: Done, place: Place) -> str:
-    """What follows ``fedsim:`` on standard error, with the names of folders that differ from run to run left out."""
+    """What follows ``fedsim:`` on standard error, without names of folders that differ from run to run, and with long
+    lists of keys and axes cut, which grow with every feature."""
     found = re.search(r"^fedsim: (.*)\Z", done.err, re.DOTALL | re.MULTILINE)
     text = found[1].rstrip("\n") if found else ""
-    return re.sub(r"folder-[0-9a-f]{16}", "folder-HASH", text.replace(str(place.root), "DIR"))
+    text = re.sub(r"folder-[0-9a-f]{16}", "folder-HASH", text.replace(str(place.root), "DIR"))
+    text = re.sub(r"(known: [\w-]+)(, [\w-]+){8,}", r"\1, ...", text)
+    return re.sub(r"\(rule '(\w+)', [^)]*\)", r"(rule '\1', ...)", text)
 
 
 def row(case: Case, text: str) -> str:

@@ -96,16 +96,17 @@ def test_killed_at_every_point_of_other_rounds_and_strategies(folder, tmp_path, 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_killed_at_random_moments(folder, tmp_path, strategy):
     config = folder / f"{strategy}.toml"
-    started = time.perf_counter()
-    done = forked(mines.plain_run, config, tmp_path / "whole")
-    seconds = time.perf_counter() - started
-    assert done.code == 0, done.err
+    for name in ("warm", "whole"):  # the first one waits for the server of the forks and builds the data set
+        started = time.perf_counter()
+        done = forked(mines.plain_run, config, tmp_path / name)
+        seconds = time.perf_counter() - started
+        assert done.code == 0, done.err
     whole, killed = figures(tmp_path / "whole"), 0
-    for moment in np.random.default_rng(STRATEGIES.index(strategy)).uniform(0, seconds, MOMENTS):
-        run = tmp_path / "run"
+    draw = np.random.default_rng(STRATEGIES.index(strategy))
+    while killed < MOMENTS:
+        run, moment = tmp_path / "run", draw.uniform(0, seconds)
         done = forked(mines.plain_run, config, run, kill_after=moment)
-        killed += done.code == -signal.SIGKILL
+        killed += done.code == -signal.SIGKILL  # 0: it was quicker this time, which counts for nothing
         begin_or_resume(config, run)
         assert figures(run) == whole, f"killed after {moment:.3f} of {seconds:.3f} s"
         shutil.rmtree(run)
-    assert killed >= MOMENTS // 2, "most of them must have been alive to be killed"
