@@ -84,15 +84,16 @@ def markdown(workload: Workload, rows: Sequence[Summary], reference: str) -> str
         "",
         f"Times relative to `{reference}`. Equal work: its training loss, but for a share of {workload.tolerance:g}.",
         "",
-        "| contender | ratio | s a round | rounds | clients/s | first round, s | PSS, MB | final loss | equal work |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| contender | ratio | s a round | rounds | clients/s | ms a sample | first round, s | PSS, MB | final loss |"
+        " equal work |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for s in rows:
         if s.error:
-            lines.append(f"| {s.contender} | | | | | | | | {s.error} |")
+            lines.append(f"| {s.contender} | | | | | | | | | {s.error} |")
             continue
         peak = f"{s.peak / 1e6:.0f}" if s.peak else ""
-        speed = f"{workload.cohort / s.seconds:.4g}"
+        speed = f"{workload.cohort / s.seconds:.4g} | {1e3 * s.seconds / workload.samples:.4g}"
         lines.append(
             f"| {s.contender} | {s.ratio:.3g} | {s.seconds:.4g} | {s.rounds} | {speed} | {s.first:.3g} | {peak}"
             f" | {s.loss:.5f} | {'yes' if s.equal else '**no**'} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 
 import numpy as np
@@ -75,6 +76,7 @@ def run(workload: Workload, rounds: int, executor: str = "auto", workers: int = 
                 replies = federation.train(order, cohort(workload, round))
                 state = strategy.aggregate(round, state, order, replies)
         stamps.append(time.perf_counter())
+        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         names = dict(zip(theirs, neutral))
         personal = {
             c: {names[n]: v for n, v in federation.state(c).private.items() if n in names}
@@ -87,7 +89,9 @@ def run(workload: Workload, rounds: int, executor: str = "auto", workers: int = 
     simulation = prepared.config.simulation
     chosen = {"executor": simulation.executor, "workers": workers, "block": simulation.block}
     packages = ("fedsim-domains", "torch", "numpy", "ray")
-    return result("fedsim", workload.name, stamps, loss, *packages, **chosen, start_up=f"{start_up:.1f} s")
+    return result(
+        "fedsim", workload.name, stamps, loss, *packages, **chosen, start_up=f"{start_up:.1f} s", driver=f"{driver} MB"
+    )
 
 
 if __name__ == "__main__":
