@@ -4,6 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from fedsim.config import Config, kebab
 from fedsim.data.digits.sources import PACK
 from fedsim.recipes import quick_recipe
@@ -45,3 +48,14 @@ def test_nothing_unpickles_but_the_restricted_reader():
         if suspicious.search(path.read_text())
     }
     assert found == {"fedsim/data/pickles.py"}
+
+
+def test_the_lock_pins_every_dependency_with_its_hash():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()[1:]
+    matches = [re.fullmatch(r"([\w.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line) for line in lines]
+    assert all(matches), "a line is NAME==VERSION --hash=sha256:DIGEST"
+    locked = {canonicalize_name(m[1]): m[2] for m in matches}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), f"{text}: run .ci/lock.py anew"
