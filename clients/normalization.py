@@ -60,7 +60,7 @@ class FixedStatistics(Plugin):
 
 
 class ReplaceNormalization(Plugin):
-    """Every normalization layer becomes GroupNorm or LayerNorm of the same width, or nothing."""
+    """Every normalization layer becomes GroupNorm (but for a LayerNorm) or LayerNorm of the same width, or nothing."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -69,6 +69,8 @@ class ReplaceNormalization(Plugin):
         def swap(path: str, module: nn.Module) -> nn.Module | None:
             if not isinstance(module, NORM_TYPES):
                 return None
+            if self.kind == "gn" and isinstance(module, nn.LayerNorm):
+                return None  # already of each example alone; GroupNorm would take a ViT's tokens for channels
             vector = isinstance(module, nn.BatchNorm1d | nn.LayerNorm)
             return make_norm(self.kind, _width(module), dims=1 if vector else 2)
 

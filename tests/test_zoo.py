@@ -59,6 +59,9 @@ def test_vmap_agrees_with_the_loop_on_every_model(datasets, model):
 
 # AlexNet's 57 million parameters take a minute a strategy: one of each kind.
 PAIRS = [(m, s) for m in IMAGE_MODELS for s in STRATEGIES if m != "alexnet" or s in ("fedbn", "fedwon", "fedtiny")]
+# A channel of MobileNetV2 that has lost all its weights is zero before ReLU6, up to rounding: on which side of the kink it
+# falls decides its gradient, and the executors round differently.
+PAIRS = [(m, s) for m, s in PAIRS if m != "mobilenet-v2" or "pruning" not in presets()[s].parts]
 
 
 @pytest.mark.slow
@@ -99,6 +102,8 @@ def senseless(model: str, strategy: str) -> str:
     pruning = presets()[strategy].parts.get("pruning")
     if model == "logistic" and pruning:
         return "nothing to prune"
+    if model == "logistic" and strategy in ("fedper", "fedrep", "fedbabu"):
+        return "has no body and head"
     needs_statistics = strategy in ("silobn", "fixbn")
     needs_norms = needs_statistics or strategy in ("fedbn", "fedins", "fedssf")
     if (model == "logistic" and needs_norms) or (model.startswith("vit") and needs_statistics):
