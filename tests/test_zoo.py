@@ -57,11 +57,10 @@ def test_vmap_agrees_with_the_loop_on_every_model(datasets, model):
     agree(*both(datasets, model, "fedavg"))
 
 
-# AlexNet's 57 million parameters take a minute a strategy: one of each kind.
-PAIRS = [(m, s) for m in IMAGE_MODELS for s in STRATEGIES if m != "alexnet" or s in ("fedbn", "fedwon", "fedtiny")]
-# A channel of MobileNetV2 that has lost all its weights is zero before ReLU6, up to rounding: on which side of the kink it
-# falls decides its gradient, and the executors round differently.
-PAIRS = [(m, s) for m, s in PAIRS if m != "mobilenet-v2" or "pruning" not in presets()[s].parts]
+# One of each kind for two models: AlexNet's 57 million parameters take a minute a strategy; MobileNetV2's last feature maps
+# are a single pixel here, so that BatchNorm's few values fall on either side of ReLU6's kink by rounding alone.
+SOME = {"alexnet": ("fedbn", "fedwon", "fedtiny"), "mobilenet-v2": ("fedavg", "fedbn", "fedprox", "scaffold")}
+PAIRS = [(m, s) for m in IMAGE_MODELS for s in STRATEGIES if s in SOME.get(m, STRATEGIES)]
 
 
 @pytest.mark.slow
