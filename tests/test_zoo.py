@@ -57,9 +57,15 @@ def test_vmap_agrees_with_the_loop_on_every_model(datasets, model):
     agree(*both(datasets, model, "fedavg"))
 
 
-# One of each kind for two models: AlexNet's 57 million parameters take a minute a strategy; MobileNetV2's last feature
-# maps are a single pixel here, so that BatchNorm's few values fall on either side of ReLU6's kink by rounding alone.
-SOME = {"alexnet": ("fedbn", "fedwon", "fedtiny"), "mobilenet-v2": ("fedavg", "fedbn", "fedprox", "fednova")}
+# One of each kind for four models: AlexNet's 57 million parameters take a minute a strategy and these of VGG-11 and
+# ResNet-18 ten seconds; MobileNetV2's last feature maps are a single pixel here, so that BatchNorm's few values fall on
+# either side of ReLU6's kink by rounding alone.
+SOME = {
+    "alexnet": ("fedbn", "fedwon", "fedtiny"),
+    "mobilenet-v2": ("fedavg", "fedbn", "fedprox", "fednova"),
+    "resnet-18": ("fedavg", "fedbn", "fedwon", "fedtiny", "fedhyper-g-cl"),
+    "vgg-11": ("fedavg", "fedbn", "fedwon", "fedtiny", "fedhyper-g-cl"),
+}
 PAIRS = [(m, s) for m in IMAGE_MODELS for s in STRATEGIES if s in SOME.get(m, STRATEGIES)]
 
 
