@@ -135,14 +135,19 @@ class Worker:
         ``dev-fraction`` of the shard that stays the same in all rounds."""
         return self._chosen(order, [client], self.spec.shards[client][None])[0]
 
+    @staticmethod
+    def _count(order: Order, size: int) -> int:
+        """How many examples of a shard an order looks at."""
+        return size if order.task == "train" else max(1, round(size * order.scalars.get("dev-fraction", 1.0)))
+
     def _chosen(self, order: Order, clients: Sequence[int], shards: np.ndarray) -> np.ndarray:
         if order.task == "train":
             return shards
         size = shards.shape[1]
-        count = max(1, round(size * order.scalars.get("dev-fraction", 1.0)))
         rows = []
         for client, shard in zip(clients, shards):
-            chosen = generator(self.spec.seed, client=client, purpose="client").permutation(size)[:count]
+            draw = generator(self.spec.seed, client=client, purpose="client")
+            chosen = draw.permutation(size)[: self._count(order, size)]
             rows.append(shard[np.sort(chosen)])
         return np.stack(rows)
 
@@ -262,7 +267,8 @@ class Worker:
         pick = lambda tree: {n: v[rows] for n, v in tree.items()} if refused else tree  # noqa: E731
         shared, report, private, memory = map(pick, (outcomes.shared, report, outcomes.private, outcomes.memory))
         clients = [outcomes.clients[row] for row in rows]
-        examples = self._counts(order, clients)
+        offsets, chosen = self.spec.shards.offsets, np.asarray(clients)
+        examples = [self._count(order, size) for size in (offsets[chosen + 1] - offsets[chosen]).tolist()]
         single: Tensors = {}
         if order.fold:
             folded = {n: v for n, v in report.items() if n.startswith(FOLDED)}
@@ -284,13 +290,6 @@ class Worker:
             private, memory = ({n: v.cpu() for n, v in tree.items()} for tree in (private, memory))
             one = lambda tree, k: {n: v[k].clone() for n, v in tree.items()}  # noqa: E731
             result.states |= {c: ClientState(one(private, k), one(memory, k)) for k, c in enumerate(clients)}
-
-    def _counts(self, order: Order, clients: list[int]) -> list[int]:
-        """Number of examples of each client for an order."""
-        if order.task != "train":
-            return [len(self.examples_of(order, client)) for client in clients]
-        offsets, chosen = self.spec.shards.offsets, np.asarray(clients)
-        return (offsets[chosen + 1] - offsets[chosen]).tolist()
 
     @staticmethod
     def _fold(result: BlockResult, tensors: Tensors, weights: list[float]) -> None:
