@@ -37,6 +37,16 @@ def block_size(executor: str, cohort: int, model_bytes: int) -> int:
     return min(cohort, VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
 
 
+def cut(clients: Sequence[int], block: int) -> list[list[int]]:
+    """Blocks of at most ``block`` clients each, even in size and in number (more than two: a multiple of four), so that
+    up to four workers end together. What a block is must not depend on how many there are."""
+    count = math.ceil(len(clients) / block)
+    if count > 2:
+        count = min(len(clients), 4 * math.ceil(count / 4))
+    edges = [len(clients) * i // count for i in range(count + 1)]
+    return [list(clients[a:b]) for a, b in itertools.pairwise(edges)]
+
+
 class Federation:
     """Clients' data and private state, and the pool that trains them.
 
@@ -100,7 +110,7 @@ class Federation:
         first = next(states, None)
         if first is None:
             return self.private
-        return mean(merge(Partial.of(s, 1.0) for s in itertools.chain([first], states)), self.private)
+        return mean([merge(Partial.of(s, 1.0) for s in itertools.chain([first], states))], self.private)
 
     def kept(self) -> Iterator[Tensors]:
         """Private tensors of the clients that have trained."""
@@ -135,8 +145,7 @@ class Federation:
                 self.store.put(client, order.round, state)
 
     def _results(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
-        clients = sorted(clients)
-        blocks = [clients[i : i + self.block] for i in range(0, len(clients), self.block)]
+        blocks = cut(sorted(clients), self.block)
         calls = [(block, self.states(block)) for block in blocks]
         results: list[BlockResult] = [BlockResult() for _ in blocks]
         self.failures, self.dropped = [], 0

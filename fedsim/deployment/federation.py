@@ -21,7 +21,7 @@ from fedsim.deployment.jobs import JOB, LOCAL, Job, end_of, sequence
 from fedsim.deployment.link import Incomplete, Link
 from fedsim.deployment.members import Member
 from fedsim.deployment.wire import pack, unpack
-from fedsim.engine import Federation
+from fedsim.engine import Federation, cut
 from fedsim.errors import FedsimError
 from fedsim.flower import METRICS, order_content, read_reply
 from fedsim.fold import Partial
@@ -250,9 +250,9 @@ class RemoteFederation(Federation):
         if not order.fold:
             return Replies(singles, [], order.weighting, len(self))
         partials = []
-        for start in range(0, len(clients), self.block):
+        for block in cut(clients, self.block):
             partial: Partial | None = None
-            for client in clients[start : start + self.block]:
+            for client in block:
                 if client not in believed:
                     continue
                 reply = believed[client]
