@@ -149,6 +149,13 @@ def _schedule(block: Block) -> Iterator[tuple[int, np.ndarray, np.ndarray, bool]
             yield step, positions[ascending], indices[ascending], last
 
 
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean over the rows of logits [N, C], as torch's, which goes row by row and takes three times as long for the many
+    short rows of a whole block."""
+    below = logits - logits.detach().amax(-1, keepdim=True)
+    return (below.exp().sum(-1).log() - below.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()
+
+
 def _step(
     task: ClientTask, order: Order, stack: _Stack, x: Tensor, y: Tensor, lr: float, step: int, last: bool
 ) -> tuple[Tensor, Tensor]:
@@ -157,7 +164,7 @@ def _step(
     def forward(params: Tensors, buffers: Tensors, memory: Tensors, x: Tensor, y: Tensor):
         buffers = {n: v.clone() for n, v in buffers.items()}  # written in place by normalization layers
         output = functional_call(task.model, {**params, **buffers}, (x,))
-        loss, right = task.objective(output, y, params, order, memory)
+        loss, right = task.objective(output, y, params, order, memory, _cross_entropy)
         return loss, (buffers, right)
 
     def one(
