@@ -15,10 +15,21 @@ from fedsim.random import torch_generator
 
 
 class Examples:
-    """Batches of a data set on a device, normalised on the fly."""
+    """Batches of a data set on a device, normalised on the fly.
 
-    def __init__(self, dataset: Dataset, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    Args:
+        layout: of images in memory; their shape is [B, C, H, W] in any case.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.contiguous_format,
+    ):
         self.device, self.dtype = torch.device(device), dtype
+        self.layout = layout if len(dataset.shape) == 3 else torch.contiguous_format
         shape = (-1, *(1,) * (len(dataset.shape) - 1))
         # x / 255 - mean, over std, as one multiplication and one addition a pixel
         std = torch.tensor(dataset.std, dtype=dtype, device=self.device).view(shape)
@@ -36,10 +47,14 @@ class Examples:
         images, labels = self.arrays[split]
         x = torch.from_numpy(images[indices]).to(self.device)
         y = torch.from_numpy(labels[indices]).to(self.device)
-        if x.dtype == torch.uint8:
-            x = x.to(self.dtype).mul_(self.scale).add_(self.offset)
-        elif x.is_floating_point():
-            x = x.to(self.dtype)
+        if x.dtype == torch.uint8 or x.is_floating_point():
+            pixels = x.dtype == torch.uint8
+            if self.layout is torch.contiguous_format:
+                x = x.to(self.dtype)
+            else:
+                x = x.flatten(0, -4).to(self.dtype, memory_format=self.layout).view(x.shape)
+            if pixels:
+                x = x.mul_(self.scale).add_(self.offset)
         return x, y
 
     def fetcher(self, seed: int, round: int, augment: str) -> Fetch:

@@ -141,12 +141,18 @@ class ClientTask:
             plugin.begin(self.model, order)
 
     def objective(
-        self, output: Tensor | tuple[Tensor, Tensors], y: Tensor, params: Tensors, order: Order, memory: Tensors
+        self,
+        output: Tensor | tuple[Tensor, Tensors],
+        y: Tensor,
+        params: Tensors,
+        order: Order,
+        memory: Tensors,
+        cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> tuple[Tensor, Tensor]:
         """(mean loss of the batch with every plug-in's term, number of correct predictions)."""
         logits, aux = output if isinstance(output, tuple) else (output, {})
         # [B, C], or [B, T, C] of a language model
-        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        loss = cross_entropy(logits.flatten(0, -2), y.flatten())
         view = View(order, memory, aux=aux, labels=y)
         for plugin in self.plugins:
             loss = plugin.loss(loss, params, view)
@@ -171,7 +177,7 @@ def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     task.begin(order)
     model = task.model
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    stepping = stepper(task.plugins, task.optimizer, {n: named[n] for n in task.trainable})
+    stepping = stepper(model, task.plugins, task.optimizer, {n: named[n] for n in task.trainable})
     plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     try:
         for position, (client, state) in enumerate(zip(block.clients, block.states)):
@@ -209,7 +215,7 @@ def _train_one(
     with torch.no_grad():
         report, memory = task.finish(params, stepping.states, view)
     current = task.model.state_dict()
-    row = lambda tree: {n: v.detach().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
+    row = lambda tree: {n: v.detach().contiguous().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
     return Outcomes(
         clients=[client],
         shared=row({n: current[n] for n in order.returned}),

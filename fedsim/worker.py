@@ -31,6 +31,8 @@ from fedsim.vectorized import run_vmap
 
 Executor = Callable[[ClientTask, Order, Block, float, Fetch], Iterator[Outcomes]]
 EXECUTORS: dict[str, Executor] = {"loop": run_loop, "vmap": run_vmap}
+# Convolutions and pooling want the channels of a pixel side by side; vmap folds clients into them and gains nothing.
+LAYOUTS = {"loop": torch.channels_last, "vmap": torch.contiguous_format}
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class Worker:
         self.task = copy.deepcopy(spec.task)
         self.spec = spec
         self.device = torch.device(spec.device)
-        self.task.model.to(self.device)
-        self.examples = Examples(spec.dataset, self.device, getattr(torch, spec.training.dtype))
+        layout = LAYOUTS[spec.executor]
+        self.task.model.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.examples = Examples(spec.dataset, self.device, getattr(torch, spec.training.dtype), layout)
 
     def examples_of(self, order: Order, client: int) -> np.ndarray:
         """What a client looks at for an order: its shard, or for tasks without training a development set, the share

@@ -15,7 +15,7 @@ from fedsim.errors import ConfigError
 from fedsim.examples import Examples
 from fedsim.local import run_loop
 from fedsim.types import Order
-from fedsim.worker import EXECUTORS
+from fedsim.worker import EXECUTORS, LAYOUTS
 from tests.conftest import Small, shards_of, small_config
 from tests.test_guard import events, run
 from tests.test_hostile import five
@@ -88,6 +88,7 @@ def test_out_of_memory_halves_the_width_and_keeps_the_sum_of_the_block(dataset, 
     simulation = {"executor": "loop", "block": 5}
     expected = Small(dataset, five(dataset), algorithm=algorithm, simulation=simulation).run(2)
     tried = limited(monkeypatch, 2, run_loop)
+    monkeypatch.setitem(LAYOUTS, "vmap", LAYOUTS["loop"])
     small = Small(dataset, five(dataset), algorithm=algorithm, simulation={"executor": "vmap", "block": 5})
     assert state_sha256(small.run(2)) == state_sha256(expected)
     assert tried == [5, 3, 2, 1, 2] * 2
