@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedsim.config import Config
+from fedsim.config import Config, Training
 from fedsim.data import Dataset, Partition, from_config, hold_out, set_apart
 from fedsim.data.augment import augmentation
 from fedsim.engine import Federation, block_size
@@ -63,7 +63,7 @@ def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[i
         model = build_model(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
         if config.model.weights:
             load_weights(model, config.model.weights)
-        task = ClientTask(model, plugins_of(parts), optimizer_of(config))
+        task = ClientTask(model, plugins_of(parts), optimizer_of(config), config.training.precision)
         task.model.to(getattr(torch, config.training.dtype))  # after the surgery, which makes layers of its own
         return task
 
@@ -134,6 +134,8 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     cohort = wanted or max(1, math.ceil(config.federation.participation * clients - 1e-9))
     device = "cuda" if config.simulation.gpus_per_worker else "cpu"
     asked = config.simulation.executor
+    if reason := _imprecise(config.training, device):
+        raise ConfigError(f"training.precision = '{config.training.precision}': {reason}")
     executor = choose_executor(task, device) if asked == "auto" else asked
     model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())
     block = config.simulation.block or block_size(executor, cohort, model_bytes)
@@ -148,6 +150,15 @@ def plan(config: Config, data: Data | None = None) -> Plan:
             " take more clients, a higher federation.participation, or a rule that needs fewer"
         )
     return Plan(config, parts, task, dataset, shards, validation, strategy, cohort, modes)
+
+
+def _imprecise(training: Training, device: str) -> str | None:
+    """Why the precision asked for is not to be had, or None."""
+    if training.precision == "tf32" and device == "cpu":
+        return "of a GPU's tensor cores; set simulation.gpus-per-worker, or take 'full' or 'bf16'"
+    if training.precision != "full" and training.dtype == "float64":
+        return "training.dtype = 'float64' asks for the opposite; take one of them"
+    return None
 
 
 def policy_of(config: Config) -> Policy:

@@ -73,6 +73,9 @@ class Training(Section):
     augment: str = "none"
     pretrain_epochs: Annotated[int, Field(ge=0)] = Field(0, description="on the server's public examples, first of all")
     dtype: Literal["float32", "float64"] = Field("float32", description="float64: to tell rounding from mistakes")
+    precision: Literal["full", "tf32", "bf16"] = Field(
+        "full", description="of products and convolutions while training; bf16: autocast, weights stay as they are"
+    )
 
 
 class Algorithm(BaseModel):

@@ -31,10 +31,11 @@ WINDOW = 2048  # evaluations under way at a time
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
-    """The default block: vmap wants many clients at once, the loop enough blocks to keep the workers busy."""
+    """The default block: vmap wants many clients at once, but two workers something to do; the loop enough blocks to
+    keep more of them busy."""
     if executor != "vmap":
         return math.ceil(cohort / 16)
-    return min(cohort, VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
+    return min(math.ceil(cohort / 2), VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
 
 
 def cut(clients: Sequence[int], block: int) -> list[list[int]]:

@@ -216,10 +216,16 @@ class FusedLinear(WholeGradients):
             del layer.module.forward
 
 
-def stepper(model: nn.Module, plugins: tuple[Plugin, ...], optimizer: Optimizer, params: Tensors) -> WholeGradients:
+def stepper(
+    model: nn.Module, plugins: tuple[Plugin, ...], optimizer: Optimizer, params: Tensors, *, fuse: bool = True
+) -> WholeGradients:
     """Fused where nobody asks for gradients and a layer is big enough; the frugal way, which is a little slower, if a
-    plug-in asks for it and none needs all gradients at once."""
-    if isinstance(optimizer, SGD) and (layers := FusedLinear.layers(model, plugins, optimizer, params)):
+    plug-in asks for it and none needs all gradients at once.
+
+    Args:
+        fuse: False under autocast, where what a layer sees is not of its weights' dtype.
+    """
+    if fuse and isinstance(optimizer, SGD) and (layers := FusedLinear.layers(model, plugins, optimizer, params)):
         return FusedLinear(plugins, optimizer, params, layers)
     whole = any(type(p).update is not Plugin.update and not p.per_tensor for p in plugins)
     frugal = any(p.frugal for p in plugins) and not whole

@@ -8,11 +8,12 @@ is one group, the whole block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim.local import Block, ClientTask, Fetch, Outcomes
@@ -74,14 +75,28 @@ def run_vmap(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     alike: dict[tuple[str, ...], list[int]] = {}
     for position, state in enumerate(block.states):
         alike.setdefault(tuple(sorted(state.memory)), []).append(position)
-    if len(alike) == 1:
-        yield _run_alike(task, order, block, lr, fetch)
-        return
-    parts = [_run_alike(task, order, block.take(positions), lr, fetch) for positions in alike.values()]
+    with _one_dtype_for_batch_norm(task):
+        if len(alike) == 1:
+            yield _run_alike(task, order, block, lr, fetch)
+            return
+        parts = [_run_alike(task, order, block.take(positions), lr, fetch) for positions in alike.values()]
     rows = {client: (part, row) for part in parts for row, client in enumerate(part.clients)}
     for client in block.clients:
         part, row = rows[client]
         yield part.one(row)
+
+
+@contextmanager
+def _one_dtype_for_batch_norm(task: ClientTask) -> Iterator[None]:
+    """Under autocast BatchNorm gets bf16 and has float32 weights, which torch's rule for vmap does not take."""
+    norms = [m for m in task.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    widen = lambda module, args: (args[0].float(), *args[1:])  # noqa: E731
+    hooks = [m.register_forward_pre_hook(widen) for m in norms if task.precision == "bf16"]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _start(task: ClientTask, order: Order, block: Block, lr: float) -> _Stack:
@@ -163,7 +178,8 @@ def _step(
 
     def forward(params: Tensors, buffers: Tensors, memory: Tensors, x: Tensor, y: Tensor):
         buffers = {n: v.clone() for n, v in buffers.items()}  # written in place by normalization layers
-        output = functional_call(task.model, {**params, **buffers}, (x,))
+        with task.autocast():
+            output = functional_call(task.model, {**params, **buffers}, (x,))
         loss, right = task.objective(output, y, params, order, memory, _cross_entropy)
         return loss, (buffers, right)
 

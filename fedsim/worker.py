@@ -129,6 +129,8 @@ class Worker:
         self.task = copy.deepcopy(spec.task)
         self.spec = spec
         self.device = torch.device(spec.device)
+        if self.device.type == "cuda":  # torch by itself lets convolutions use tf32, and products not
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.task.precision == "tf32"
         layout = LAYOUTS[spec.executor]
         self.task.model.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
         self.examples = Examples(spec.dataset, self.device, getattr(torch, spec.training.dtype), layout)

@@ -33,7 +33,7 @@ from tests.conftest import Small
 def test_both_ways_have_the_same_bits(dataset, strategy, training, monkeypatch):
     hashes = set()
     for way in (WholeGradients, InBackward):
-        monkeypatch.setattr(fedsim.local, "stepper", lambda model, *of, way=way: way(*of))
+        monkeypatch.setattr(fedsim.local, "stepper", lambda model, *of, fuse, way=way: way(*of))
         hashes.add(state_sha256(Small(dataset, algorithm={"strategy": strategy}, training=training).run(2)))
     assert len(hashes) == 1
 
