@@ -30,6 +30,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.pool import WorkerLost
 from fedsim.processes import ALLOCATOR
+from fedsim.watchdog import Watchdog
 from fedsim.worker import Worker, WorkerSpec
 
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
@@ -52,16 +53,29 @@ def _answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _start(workers: int, address: str) -> None:
+def _start(workers: int, address: str) -> Watchdog | None:
+    """Join the cluster at ``address``; without one start Ray here, under a watchdog."""
     options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+    watchdog = None if address else Watchdog()
     try:
         _answers(address)
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, OverflowError, ValueError, RayError) as error:
+        with watchdog.marking() if watchdog else contextlib.nullcontext():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except BaseException as error:
+        _stop(watchdog)
+        if not isinstance(error, OSError | OverflowError | ValueError | RayError):
+            raise
         raise ConfigError(
             f"simulation.address = '{address}': no Ray cluster answers there ({error}); expected HOST:PORT of one"
             " ('ray start --head' says which), or no address to start one here"
         ) from None
+    return watchdog
+
+
+def _stop(watchdog: Watchdog | None) -> None:
+    ray.shutdown()
+    if watchdog is not None:
+        watchdog.close()
 
 
 @contextlib.contextmanager
@@ -71,11 +85,11 @@ def session(workers: int, address: str = "") -> Iterator[None]:
     Raises:
         ConfigError: no cluster answers at ``address``.
     """
-    _start(workers, address)
+    watchdog = _start(workers, address)
     try:
         yield
     finally:
-        ray.shutdown()
+        _stop(watchdog)
 
 
 class _Actor:
@@ -126,8 +140,7 @@ class RayPool:
         self.retries, self.limit = retries, limit
         self.retried: list[tuple[int, str]] = []
         self.owns = not ray.is_initialized()
-        if self.owns:
-            _start(workers, address)
+        self.watchdog = _start(workers, address) if self.owns else None
         have = ray.cluster_resources()
         if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
             self.close()
@@ -224,7 +237,7 @@ class RayPool:
         for actor in getattr(self, "actors", []):
             ray.kill(actor)
         if self.owns and ray.is_initialized():
-            ray.shutdown()
+            _stop(self.watchdog)
 
 
 def _line(error: Exception) -> str:
