@@ -187,6 +187,7 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         device="cuda" if config.simulation.gpus_per_worker else "cpu",
         debug=debug,
         max_update_norm=config.guard.max_update_norm,
+        time_limit=config.simulation.time_limit,
     )
     validation = None if plan.validation is None else [plan.validation[c] for c in range(len(plan.validation))]
     return Federation(
