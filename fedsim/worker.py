@@ -59,7 +59,7 @@ class Failure:
 
     Attributes:
         stage: ``train`` (its training failed), ``worker`` (so did the worker it ran on), ``reply`` (none came from a
-            real client), ``time`` (it took too long, or its block) or ``update`` (the guard does not believe what came).
+            real client), ``time`` (it or its block took too long) or ``update`` (the guard does not believe what came).
         trace: where it was raised, if it was.
     """
 

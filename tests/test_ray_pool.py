@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from fedsim.checkpoint import state_sha256
+from fedsim.config import load_config
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.plugin import Plugin
+from fedsim.run import run
 from fedsim.types import Order
 from tests.conftest import Small, shards_of
+from tests.faults.place import CONFIG, write_tree
 
 
 class SignalOnce(Plugin):
@@ -30,6 +33,16 @@ class SignalOnce(Plugin):
 
 def with_plugin(small: Small, plugin: Plugin) -> None:
     object.__setattr__(small.task, "plugins", (*small.task.plugins, plugin))
+
+
+def test_a_run_that_does_not_get_its_workers_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    write_tree(tmp_path / "tree", per_class=3)
+    (tmp_path / "c.toml").write_text(CONFIG.format(root=tmp_path / "tree", strategy="fedavg"))
+    config = load_config(tmp_path / "c.toml", ["simulation.workers=1", 'simulation.address="127.0.0.1:1"'])
+    with pytest.raises(ConfigError, match="no Ray cluster answers there"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
