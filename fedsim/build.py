@@ -48,6 +48,21 @@ class Plan:
     cohort: int
     modes: dict[str, Mode]
 
+    @property
+    def spec(self) -> WorkerSpec:
+        """What a worker holds that trains one client after the other on a CPU: all of a deployed client's."""
+        config = self.config
+        return WorkerSpec(
+            self.task,
+            self.dataset,
+            self.shards,
+            config.training,
+            config.seed,
+            config.rounds,
+            evaluation_batch=config.evaluation.batch_size,
+            modes=self.modes,
+        )
+
 
 def optimizer_of(config: Config) -> Optimizer:
     training = config.training
@@ -185,19 +200,13 @@ def pool_of(spec: WorkerSpec, config: Config) -> Pool:
 def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Federation:
     """Start the workers and put the federation on them."""
     config = plan.config
-    spec = WorkerSpec(
-        task=plan.task,
-        dataset=plan.dataset,
-        shards=plan.shards,
-        training=config.training,
-        seed=config.seed,
-        rounds=config.rounds,
+    spec = replace(
+        plan.spec,
         executor=config.simulation.executor,
-        evaluation_batch=config.evaluation.batch_size,
-        modes=plan.modes,
         device="cuda" if config.simulation.gpus_per_worker else "cpu",
         debug=debug,
         max_update_norm=config.guard.max_update_norm,
+        time_limit=config.simulation.time_limit,
     )
     validation = None if plan.validation is None else [plan.validation[c] for c in range(len(plan.validation))]
     return Federation(

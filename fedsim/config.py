@@ -104,7 +104,7 @@ class SimulationSection(Section):
     address: str = Field("", description="address of a running Ray cluster; empty: start one here")
     retries: Annotated[int, Field(ge=0)] = Field(2, description="of a block whose worker died or took too long")
     time_limit: NonNegative = Field(
-        0.0, description="seconds a block may train before its worker is killed and replaced; 0: no limit"
+        0.0, description="seconds a client may train, or a model be scored on a split; 0: no limit"
     )
 
 
@@ -162,11 +162,6 @@ class Config(Section):
             raise ValueError("training.momentum belongs to optimizer = 'sgd'; Adam has its own (remove the key)")
         if self.training.pretrain_epochs and not self.federation.public_per_class:
             raise ValueError("training.pretrain-epochs needs examples: set federation.public-per-class too")
-        if self.simulation.time_limit and not self.simulation.workers:
-            raise ValueError(
-                "simulation.time-limit needs workers that can be killed, not this process: set simulation.workers to 1"
-                " or more, or time-limit = 0"
-            )
         return self
 
     def as_dict(self) -> dict[str, Any]:

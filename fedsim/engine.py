@@ -205,7 +205,8 @@ class Federation:
             results: list[list[Score]] = [[] for _ in chunks]
             for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
                 if isinstance(result, WorkerLost):
-                    raise FedsimError(f"evaluation failed: {result}")
+                    mend = "; raise simulation.time-limit, or set it to 0" if result.stage == "time" else ""
+                    raise FedsimError(f"evaluation failed: {result}{mend}")
                 results[number] = result
             scores += [score for result in results for score in result]
         return scores

@@ -30,9 +30,11 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.pool import WorkerLost
 from fedsim.processes import ALLOCATOR
+from fedsim.watchdog import Watchdog
 from fedsim.worker import Worker, WorkerSpec
 
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
+GRACE = 10.0  # seconds beyond the limits of a call's clients or models: to send the call, gather, send the result
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
@@ -52,16 +54,29 @@ def _answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _start(workers: int, address: str) -> None:
+def _start(workers: int, address: str) -> Watchdog | None:
+    """Join the cluster at ``address``; without one start Ray here, under a watchdog."""
     options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+    watchdog = None if address else Watchdog()
     try:
         _answers(address)
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, OverflowError, ValueError, RayError) as error:
+        with watchdog.marking() if watchdog else contextlib.nullcontext():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except BaseException as error:
+        _stop(watchdog)
+        if not isinstance(error, OSError | OverflowError | ValueError | RayError):
+            raise
         raise ConfigError(
             f"simulation.address = '{address}': no Ray cluster answers there ({error}); expected HOST:PORT of one"
             " ('ray start --head' says which), or no address to start one here"
         ) from None
+    return watchdog
+
+
+def _stop(watchdog: Watchdog | None) -> None:
+    ray.shutdown()
+    if watchdog is not None:
+        watchdog.close()
 
 
 @contextlib.contextmanager
@@ -71,11 +86,11 @@ def session(workers: int, address: str = "") -> Iterator[None]:
     Raises:
         ConfigError: no cluster answers at ``address``.
     """
-    _start(workers, address)
+    watchdog = _start(workers, address)
     try:
         yield
     finally:
-        ray.shutdown()
+        _stop(watchdog)
 
 
 class _Actor:
@@ -96,6 +111,7 @@ class _Running:
     actor: int
     number: int
     tries: int
+    limit: float
     deadline: float
 
 
@@ -106,8 +122,9 @@ class RayPool:
         gpus: GPUs (or a fraction of one) for each actor.
         address: of a running cluster; empty starts one on this machine, which ``close`` ends again.
         retries: how often a call is repeated after its actor died or took too long.
-        limit: seconds that a call of ``train`` may take, the start of its actor not counted; 0: any time. One that
-            takes longer has its actor killed and replaced, and is repeated after the other calls.
+        limit: seconds for each item (client, evaluation job) of the sequence that is the first input of a call; 0: any
+            time. A call that takes longer than its items together and ``GRACE``, the start of its actor not counted,
+            has its actor killed and replaced, and is repeated after the other calls.
 
     Raises:
         ConfigError: the cluster cannot be reached, or has not the CPUs or GPUs asked for.
@@ -126,8 +143,7 @@ class RayPool:
         self.retries, self.limit = retries, limit
         self.retried: list[tuple[int, str]] = []
         self.owns = not ray.is_initialized()
-        if self.owns:
-            _start(workers, address)
+        self.watchdog = _start(workers, address) if self.owns else None
         have = ray.cluster_resources()
         if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
             self.close()
@@ -178,7 +194,6 @@ class RayPool:
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         shared, self.retried = ray.put(common), []
-        limit = self.limit if method == "train" and self.limit else math.inf
         waiting = deque((number, 0) for number in range(len(calls)))
         idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
         running: dict[Any, _Running] = {}  # by reference
@@ -186,7 +201,8 @@ class RayPool:
             while waiting and idle:
                 (number, tries), actor = waiting.popleft(), idle.pop(0)
                 reference = self.actors[actor].call.remote(method, shared, calls[number])
-                running[reference] = _Running(actor, number, tries, time.monotonic() + limit)
+                limit = self.limit * len(calls[number][0]) + GRACE if self.limit else math.inf
+                running[reference] = _Running(actor, number, tries, limit, time.monotonic() + limit)
             left = min((r.deadline for r in running.values()), default=math.inf) - time.monotonic()
             timeout = None if left == math.inf else max(left, 0.0)
             for reference in ray.wait([*running, *self.starting], num_returns=1, timeout=timeout)[0]:
@@ -215,16 +231,16 @@ class RayPool:
                 del running[reference]
                 self._replace(run.actor)
                 if run.tries < self.retries:
-                    self.retried.append((run.number, f"no result within {limit:g} s"))
+                    self.retried.append((run.number, f"no result within {run.limit:g} s"))
                     waiting.append((run.number, run.tries + 1))
                 else:
-                    yield run.number, WorkerLost(f"no result within {limit:g} s, {run.tries + 1} times", "time")
+                    yield run.number, WorkerLost(f"no result within {run.limit:g} s, {run.tries + 1} times", "time")
 
     def close(self) -> None:
         for actor in getattr(self, "actors", []):
             ray.kill(actor)
         if self.owns and ray.is_initialized():
-            ray.shutdown()
+            _stop(self.watchdog)
 
 
 def _line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from fedsim.build import Plan, federation_of, plan, policy_of
 from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.config import Config, load_config
 from fedsim.engine import Federation
-from fedsim.errors import ConfigError, DataError, FedsimError
+from fedsim.errors import ConfigError, DataError, FedsimError, StorageError
 from fedsim.examples import Examples
 from fedsim.flops import forward_flops, masked_flops
 from fedsim.guard import Offenders
@@ -97,8 +97,10 @@ def run(config: Config, out: Path, *, debug: bool = False) -> dict[str, Any]:
     try:
         writer.write_config(planned.config)
         running = _Run(planned, writer, debug=debug)
-    except BaseException:
+    except BaseException as error:
         writer.discard()
+        if isinstance(error, StorageError):
+            raise StorageError(error.path, error.reason, "make room there and run it again") from None
         raise
     return running.go(None)
 
@@ -139,7 +141,6 @@ def drive(federation: Federation, planned: Plan, writer: RunWriter, *, debug: bo
 
 class _Run:
     def __init__(self, planned: Plan, writer: RunWriter, *, debug: bool, federation: Federation | None = None):
-        self.federation = federation
         self.plan, self.config, self.writer = planned, planned.config, writer
         self.strategy = planned.strategy
         self.store = ClientStore(writer.path / "clients.sqlite")
@@ -154,9 +155,10 @@ class _Run:
         self.progress = Progress(self.config.name, self.config.rounds)
         x, _ = Examples(planned.dataset, dtype=getattr(torch, self.config.training.dtype)).batch("train", np.array([0]))
         self.forward_flops = forward_flops(planned.task.model, x[0])
+        self.federation = federation or federation_of(planned, self.store, debug=debug)
 
     def go(self, snapshot: Snapshot | None, *, resumed: bool = False) -> dict[str, Any]:
-        federation = self.federation or federation_of(self.plan, self.store, debug=self.debug)
+        federation = self.federation
         try:
             with self.progress, _signals(self):
                 first, state = self._begin(federation, snapshot, resumed)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class WorkerSpec:
     device: str = "cpu"
     debug: bool = False
     max_update_norm: float = 0.0  # see fedsim.guard.Policy
+    time_limit: float = 0.0  # seconds a client may train, looked at before each of its steps; 0: any time
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Failure:
 
     Attributes:
         stage: ``train`` (its training failed), ``worker`` (so did the worker it ran on), ``reply`` (none came from a
-            real client), ``time`` (its block took too long) or ``update`` (the guard does not believe what came).
+            real client), ``time`` (it or its block took too long) or ``update`` (the guard does not believe what came).
         trace: where it was raised, if it was.
     """
 
@@ -114,6 +116,10 @@ class Score:
     correct: float
     loss: float
     examples: int
+
+
+class OutOfTime(Exception):
+    """Clients have trained for longer than they may."""
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -193,8 +199,20 @@ class Worker:
         # One client that fails must not end the others: the loop is given them one at a time.
         parts = [block] if spec.executor == "vmap" else [block.take([p]) for p in range(len(block))]
         for part in parts if block.clients else []:
-            self._attempt(order, part, float(lr), fetch, result)
+            self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
         return result
+
+    def _timed(self, fetch: Fetch, clients: int) -> Fetch:
+        """The same until the time of so many clients is up, which begins now: every step begins with its examples."""
+        limit, started = self.spec.time_limit * clients, time.monotonic()
+
+        def timed(*what: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            if time.monotonic() - started > limit:
+                whose = "" if clients == 1 else f", for {clients} clients at once"
+                raise OutOfTime(f"still training after {limit:g} s{whose}")
+            return fetch(*what)
+
+        return timed if limit else fetch
 
     def _block(self, order: Order, clients: Sequence[int], states: Sequence[ClientState], result: BlockResult) -> Block:
         plans, idle = [], set[int]()
@@ -220,6 +238,9 @@ class Worker:
         try:
             for outcomes in EXECUTORS[self.spec.executor](self.task, order, block, lr, fetch):
                 self._accept(order, outcomes, result)
+            return
+        except OutOfTime as error:
+            result.failures += [Failure(client, "time", str(error)) for client in block.clients]
             return
         except Exception as error:
             if self.spec.debug and not (out_of_memory(error) and len(block) > 1):

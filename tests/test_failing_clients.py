@@ -4,6 +4,7 @@ is tried in halves with the same block sum. Workers that die or hang: tests/test
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import torch
 
 from fedsim.checkpoint import state_sha256
-from fedsim.errors import ConfigError
 from fedsim.examples import Examples
 from fedsim.local import run_loop
 from fedsim.types import Order
@@ -160,7 +160,7 @@ def test_a_time_limit_that_nobody_keeps_ends_a_run_with_the_cause(dataset, tmp_p
     from fedsim.errors import FedsimError
 
     simulation = {"workers": 2, "time-limit": 0.001, "retries": 0}
-    with pytest.raises(FedsimError, match=r"no usable update in 3 rounds in a row: no result within 0.001 s, 1 times"):
+    with pytest.raises(FedsimError, match=r"no usable update in 3 rounds in a row: still training after 0.001 s"):
         run(dataset, tmp_path / "r", small_config(rounds=5, simulation=simulation))
     found = events(tmp_path / "r", "rejected")
     assert [(e["round"], e["client"], e["stage"]) for e in found] == [
@@ -169,9 +169,51 @@ def test_a_time_limit_that_nobody_keeps_ends_a_run_with_the_cause(dataset, tmp_p
     assert json.loads((tmp_path / "r" / "events.jsonl").read_text().splitlines()[-1])["event"] == "void"
 
 
-def test_a_time_limit_needs_workers():
-    with pytest.raises(ConfigError, match="time-limit needs workers"):
-        small_config(simulation={"workers": 0, "time-limit": 5.0})
+def slow(monkeypatch, client: int, seconds: float) -> None:
+    """The examples of a client's first step take so long."""
+    original = Examples.fetcher
+
+    def fetcher(self, seed, round, augment):
+        fetch = original(self, seed, round, augment)
+
+        def late(clients, indices, step):
+            if client in clients and step == 0:
+                time.sleep(seconds)
+            return fetch(clients, indices, step)
+
+        return late
+
+    monkeypatch.setattr(Examples, "fetcher", fetcher)
+
+
+def test_a_client_out_of_time_is_left_out_and_the_others_of_its_block_go_on(dataset, tmp_path, monkeypatch):
+    sections = {"rounds": 1, "simulation": {"block": 3}}
+    expected = run(dataset, tmp_path / "without", small_config(**sections), shards_of(dataset, (40, 33)))
+    slow(monkeypatch, 2, 1.1)
+    sections["simulation"]["time-limit"] = 1.0
+    found = run(dataset, tmp_path / "r", small_config(**sections))
+    (event,) = events(tmp_path / "r", "rejected")
+    assert (event["round"], event["client"], event["stage"]) == (1, 2, "time")
+    assert event["reason"] == "still training after 1 s"
+    assert found["left_out"] == {"time": 1}
+    assert found["refused_rounds"] == {}, "slowness is no offence"
+    assert found["state_sha256"] == expected["state_sha256"]
+
+
+def test_under_vmap_a_block_has_the_time_of_its_clients_together(dataset, tmp_path, monkeypatch):
+    slow(monkeypatch, 1, 2.1)
+    simulation = {"executor": "vmap", "block": 2, "time-limit": 1.0}
+    found = run(dataset, tmp_path / "r", small_config(rounds=1, simulation=simulation))
+    reasons = [(e["client"], e["stage"], e["reason"]) for e in events(tmp_path / "r", "rejected")]
+    assert reasons == [(c, "time", "still training after 2 s, for 2 clients at once") for c in (0, 1)]
+    assert not events(tmp_path / "r", "narrowed"), "fewer at once take no less time"
+    assert found["left_out"] == {"time": 2}
+
+
+def test_a_time_limit_that_nobody_reaches_changes_no_number(dataset):
+    limited = Small(dataset, simulation={"time-limit": 1000.0})
+    limited.federation.pool.worker.spec = replace(limited.spec, time_limit=1000.0)
+    assert state_sha256(limited.run(2)) == state_sha256(Small(dataset).run(2))
 
 
 def test_a_client_whose_loss_is_nan_is_named(dataset, monkeypatch):

@@ -30,7 +30,7 @@ from fedsim.pool import InProcess
 from fedsim.store import ClientStore
 from fedsim.strategy import Replies
 from fedsim.types import FOLDED, Order, Reply, Tensors
-from fedsim.worker import Failure, Score, WorkerSpec
+from fedsim.worker import Failure, Score
 
 log = getLogger("fedsim")
 PAUSE = 0.02  # seconds at most between two looks at what arrived
@@ -161,7 +161,6 @@ class RemoteFederation(Federation):
 
     def __init__(
         self,
-        spec: WorkerSpec,
         planned: Plan,
         link: Link,
         members: dict[int, Member],
@@ -170,6 +169,7 @@ class RemoteFederation(Federation):
         patience: Patience,
         oldest: Callable[[], int],
     ):
+        spec = planned.spec
         super().__init__(
             spec,
             InProcess(spec),
