@@ -27,14 +27,15 @@ from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
+LARGE_MODEL = 1 << 24  # bytes
 WINDOW = 2048  # evaluations under way at a time
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
     """The default block: vmap wants many clients at once, but two workers something to do; the loop enough blocks to
-    keep more of them busy."""
+    keep more of them busy, though the sums of a large model are costly to move."""
     if executor != "vmap":
-        return math.ceil(cohort / 16)
+        return math.ceil(cohort / (16 if model_bytes < LARGE_MODEL else 8))
     return min(math.ceil(cohort / 2), VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
 
 
