@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,7 +80,9 @@ def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[i
         model = build_model(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
         if config.model.weights:
             load_weights(model, config.model.weights)
-        task = ClientTask(model, plugins_of(parts), optimizer_of(config), config.training.precision)
+        task = ClientTask(
+            model, plugins_of(parts), optimizer_of(config), config.training.precision, config.simulation.compile
+        )
         task.model.to(getattr(torch, config.training.dtype))  # after the surgery, which makes layers of its own
         return task
 
@@ -152,6 +156,8 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     if reason := _imprecise(config.training, device):
         raise ConfigError(f"training.precision = '{config.training.precision}': {reason}")
     executor = choose_executor(task, device) if asked == "auto" else asked
+    if config.simulation.compile and (reason := _uncompiled(executor, device)):
+        raise ConfigError(f"simulation.compile = true: {reason}")
     model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())
     block = config.simulation.block or block_size(executor, cohort, model_bytes)
     simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
@@ -173,6 +179,16 @@ def _imprecise(training: Training, device: str) -> str | None:
         return "of a GPU's tensor cores; set simulation.gpus-per-worker, or take 'full' or 'bf16'"
     if training.precision != "full" and training.dtype == "float64":
         return "training.dtype = 'float64' asks for the opposite; take one of them"
+    return None
+
+
+def _uncompiled(executor: str, device: str) -> str | None:
+    """Why steps cannot be compiled, or None."""
+    if executor != "vmap":
+        return f"a step of many clients at once is; the executor here is '{executor}'; set simulation.executor = 'vmap'"
+    compiler = os.environ.get("CXX", "g++")
+    if device == "cpu" and shutil.which(compiler) is None:
+        return f"torch's compiler writes C++, and '{compiler}' is not there; install one, or name yours in CXX"
     return None
 
 

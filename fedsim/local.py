@@ -96,6 +96,7 @@ class ClientTask:
     Attributes:
         precision: of products and convolutions while training: ``full``, ``tf32`` (a GPU's, set by the worker) or
             ``bf16`` (torch's autocast: parameters, gradients of parameters, normalization and loss stay as they are).
+        compile: under vmap, run a step through torch's compiler.
         trainable: names of the parameters that local training changes, in the model's order.
         private: names that never leave the client.
         frozen: parameters that need no gradient: constants of the skeleton, never sent, averaged or stacked.
@@ -106,6 +107,7 @@ class ClientTask:
     plugins: tuple[Plugin, ...]
     optimizer: Optimizer
     precision: str = "full"
+    compile: bool = False
     trainable: tuple[str, ...] = field(init=False)
     private: frozenset[str] = field(init=False)
     frozen: frozenset[str] = field(init=False)

@@ -73,6 +73,7 @@ def numerics(planned: Plan) -> dict[str, Any]:
         **weights_of(config),  # a frozen backbone is in no checkpoint: a resumed run reads it from the file again
         "executor": config.simulation.executor,
         "block": config.simulation.block,
+        "compile": config.simulation.compile,
         "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
         "torch": torch.__version__,
         "machine": platform.machine(),

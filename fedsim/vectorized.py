@@ -7,7 +7,9 @@ is one group, the whole block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -171,10 +173,21 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return (below.exp().sum(-1).log() - below.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()
 
 
-def _step(
-    task: ClientTask, order: Order, stack: _Stack, x: Tensor, y: Tensor, lr: float, step: int, last: bool
-) -> tuple[Tensor, Tensor]:
-    """One local step of every client of ``stack``, which is updated. x [K, B, ...], y [K, B] -> [K], [K]."""
+def _batched(
+    task: ClientTask,
+    order: Order,
+    params: Tensors,
+    buffers: Tensors,
+    memory: Tensors,
+    steps: Tensor,
+    states: list[Tensors],
+    x: Tensor,
+    y: Tensor,
+    lr: float,
+    last: bool,
+) -> tuple[Tensors, list[Tensors], Tensors, Tensor, Tensor]:
+    """Forward and backward of one step of K clients, all of it [K, ...]: gradients, the plug-ins' states, buffers, loss
+    and number of correct predictions."""
 
     def forward(params: Tensors, buffers: Tensors, memory: Tensors, x: Tensor, y: Tensor):
         buffers = {n: v.clone() for n, v in buffers.items()}  # written in place by normalization layers
@@ -200,9 +213,24 @@ def _step(
         return grads, states, buffers, loss, right
 
     with torch.set_grad_enabled(order.task == "train"):
-        grads, stack.states, stack.buffers, loss, right = vmap(one, randomness="different")(
-            stack.params, stack.buffers, stack.memory, stack.steps, stack.states, x, y
-        )
+        return vmap(one, randomness="different")(params, buffers, memory, steps, states, x, y)
+
+
+@functools.cache
+def _compiled() -> Callable:
+    """``_batched`` through torch's compiler, which fuses what is elementwise; made anew for each shape it meets."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes of its own that outlive a worker
+    return torch.compile(_batched, dynamic=False)
+
+
+def _step(
+    task: ClientTask, order: Order, stack: _Stack, x: Tensor, y: Tensor, lr: float, step: int, last: bool
+) -> tuple[Tensor, Tensor]:
+    """One local step of every client of ``stack``, which is updated. x [K, B, ...], y [K, B] -> [K], [K]."""
+    batched = _compiled() if task.compile and order.task == "train" else _batched
+    grads, stack.states, stack.buffers, loss, right = batched(
+        task, order, stack.params, stack.buffers, stack.memory, stack.steps, stack.states, x, y, lr, last
+    )
     if order.task == "train":
         task.optimizer.step(stack.params, grads, stack.moments, lr, step)
         if any(type(p).project is not Plugin.project for p in task.plugins):
