@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import socket
+import threading
 import time
 import warnings
 from collections import deque
@@ -60,7 +61,7 @@ def _start(workers: int, address: str) -> Watchdog | None:
     watchdog = None if address else Watchdog()
     try:
         _answers(address)
-        with watchdog.marking() if watchdog else contextlib.nullcontext():
+        with watchdog.marking() if watchdog else contextlib.nullcontext(), _signals_kept():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except BaseException as error:
         _stop(watchdog)
@@ -71,6 +72,19 @@ def _start(workers: int, address: str) -> Watchdog | None:
             " ('ray start --head' says which), or no address to start one here"
         ) from None
     return watchdog
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray sets a handler of SIGTERM that exits with 15; what the signal does is the caller's to say."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():  # nobody else may, nor does Ray then
+            signal.signal(signal.SIGTERM, before)
 
 
 def _stop(watchdog: Watchdog | None) -> None:

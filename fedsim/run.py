@@ -168,9 +168,10 @@ class _Run:
                     done = round >= self.config.rounds
                     if round >= 1 and (done or round % self.config.evaluation.every == 0):
                         self._evaluate(federation, round, state)
-                    if done or self.stop or (round >= 1 and round % self.config.checkpoint.every == 0):
+                    stop = self.stop and not done  # looked at once: it may be asked for at any moment
+                    if done or stop or (round >= 1 and round % self.config.checkpoint.every == 0):
                         self._checkpoint(federation, round, state)
-                    if self.stop and not done:
+                    if stop:
                         self.writer.event("interrupted", round=round)
                         where = self.writer.path
                         raise Interrupted(f"stopped after round {round}; continue with 'fedsim resume {where}'")
@@ -192,7 +193,7 @@ class _Run:
             return first, self.strategy.init(federation.shared)
         self.totals = Totals(**snapshot.record["totals"])
         self.best, self.latest = snapshot.record["best"], snapshot.record["latest"]
-        self.left_out = snapshot.record["left_out"]
+        self.left_out, self.empty = snapshot.record["left_out"], snapshot.record["empty"]
         self.offenders.refused = {int(client): count for client, count in snapshot.record["refused"].items()}
         self.started -= self.totals.seconds
         self.store.rewind(snapshot.round)
@@ -337,6 +338,7 @@ class _Run:
             "latest": self.latest,
             "left_out": self.left_out,
             "refused": self.offenders.refused,
+            "empty": self.empty,
             "numerics": numerics(self.plan),
         }
         self.checkpoints.save(Snapshot(round, state, record))

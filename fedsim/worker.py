@@ -295,14 +295,9 @@ class Worker:
         clients = [outcomes.clients[row] for row in rows]
         offsets, chosen = self.spec.shards.offsets, np.asarray(clients)
         examples = [self._count(order, size) for size in (offsets[chosen + 1] - offsets[chosen]).tolist()]
-        single: Tensors = {}
-        if order.fold:
-            folded = {n: v for n, v in report.items() if n.startswith(FOLDED)}
-            report = {n: v for n, v in report.items() if n not in folded}
-            weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
-            self._fold(result, {n: v.cpu() for n, v in (shared | folded).items()}, weights)
-        else:
-            single = {n: v.cpu() for n, v in shared.items()}
+        folded = {n: v for n, v in report.items() if n.startswith(FOLDED)} if order.fold else {}
+        report = {n: v for n, v in report.items() if n not in folded}
+        shared = {n: v.cpu() for n, v in shared.items()}
         seen = [max(outcomes.seen[row], 1) for row in rows]
         per_example = lambda sums: [total / n for total, n in zip(sums[rows].tolist(), seen)]  # noqa: E731
         metrics = {
@@ -311,11 +306,18 @@ class Worker:
             "seen": [float(outcomes.seen[row]) for row in rows],
         }
         keep = lambda tree: {n: v.clone() for n, v in tree.items()}  # noqa: E731 (the loop's tensors are its own)
-        result.replies.append(ReplyColumns(clients, examples, keep(single), keep(report), metrics))
+        columns = ReplyColumns(clients, examples, keep({} if order.fold else shared), keep(report), metrics)
+        states = {}
         if order.task != "score" and (private or memory):
             private, memory = ({n: v.cpu() for n, v in tree.items()} for tree in (private, memory))
             one = lambda tree, k: {n: v[k].clone() for n, v in tree.items()}  # noqa: E731
-            result.states |= {c: ClientState(one(private, k), one(memory, k)) for k, c in enumerate(clients)}
+            states = {c: ClientState(one(private, k), one(memory, k)) for k, c in enumerate(clients)}
+        # Last of what may fail for want of memory: clients that are tried again must not be in the sum already.
+        if order.fold:
+            weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
+            self._fold(result, shared | folded, weights)
+        result.replies.append(columns)
+        result.states |= states
 
     @staticmethod
     def _fold(result: BlockResult, tensors: Tensors, weights: list[float]) -> None:

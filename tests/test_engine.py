@@ -26,7 +26,19 @@ def ray_session():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize(("executor", "strategy"), [("loop", "fedavg"), ("loop", "fedbn"), ("vmap", "fedbn")])
+@pytest.mark.parametrize(
+    ("executor", "strategy"),
+    [
+        ("loop", "fedavg"),
+        ("loop", "fedbn"),
+        ("vmap", "fedbn"),
+        *(
+            pytest.param(executor, strategy, marks=pytest.mark.slow)
+            for executor in ("loop", "vmap")
+            for strategy in ("fedwon", "fedtiny", "fedhyper-g-cl", "fedins")
+        ),
+    ],
+)
 def test_one_hash_for_any_number_of_workers(dataset, ray_session, workers, strategy, executor):
     from fedsim.ray_pool import RayPool
 

@@ -14,7 +14,7 @@ import torch
 from fedsim.checkpoint import state_sha256
 from fedsim.examples import Examples
 from fedsim.local import run_loop
-from fedsim.types import Order
+from fedsim.types import Order, ReplyColumns
 from fedsim.worker import EXECUTORS, LAYOUTS
 from tests.conftest import Small, shards_of, small_config
 from tests.test_guard import events, run
@@ -106,6 +106,26 @@ def test_vmap_in_halves_agrees_with_vmap_at_once(dataset, monkeypatch, error):
     limited(monkeypatch, 3, error=error)
     for name, value in Small(dataset, five(dataset), simulation=simulation).run(2).items():
         torch.testing.assert_close(value, at_once[name], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_after_training_puts_nobody_into_the_sum_twice(dataset, monkeypatch):
+    simulation, columns = {"executor": "vmap", "block": 5}, ReplyColumns
+
+    def scarce(clients, *rest):
+        if len(clients) > 2:
+            raise MemoryError("no")
+        return columns(clients, *rest)
+
+    expected = Small(dataset, five(dataset), simulation=simulation)
+    small = Small(dataset, five(dataset), simulation=simulation)
+    order = Order(1, small.federation.shared, fold=True)
+    (whole,) = expected.federation.train(order, range(5)).partials
+    monkeypatch.setattr("fedsim.worker.ReplyColumns", scarce)
+    (found,) = small.federation.train(order, range(5)).partials
+    assert [what for what, _ in small.federation.events] == ["narrowed", "narrowed"]
+    assert found.weight == whole.weight
+    for name, value in found.sums().items():
+        torch.testing.assert_close(value, whole.sums()[name], rtol=1e-4, atol=1e-3)
 
 
 def test_a_client_that_alone_is_too_much_is_given_up(dataset, monkeypatch):

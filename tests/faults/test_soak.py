@@ -101,8 +101,8 @@ def assert_nothing_remains(driver: int, family: dict[int, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_process_of_ours_or_of_ray_remains(tmp_path, number):
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGKILL], [signal.SIGINT] * 2])
+def test_no_process_of_ours_or_of_ray_remains(tmp_path, numbers):
     with long_run(tmp_path) as process:
         deadline = time.monotonic() + 300
         checkpoints, actors = tmp_path / "run" / "checkpoints", 0
@@ -114,9 +114,11 @@ def test_no_process_of_ours_or_of_ray_remains(tmp_path, number):
         family = {n: started(n) for n in [process.pid, *soak.descendants(process.pid)]}
         # The folder's name finds all of them but the watchdog.
         assert len(family.keys() - of_session(process.pid).keys()) == 1
-        process.send_signal(number)
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.01)  # two signals at once are one
         process.wait(timeout=4 * WAIT)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert process.returncode == (-signal.SIGKILL if signal.SIGKILL in numbers else 130)
     assert_nothing_remains(process.pid, family)
 
 
@@ -124,7 +126,7 @@ def test_no_process_of_ours_or_of_ray_remains(tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("seen", [b"gcs_server", b"raylet/raylet", b"agent.py", b"ray::"])
 def test_nothing_remains_of_a_run_that_ends_while_ray_starts(tmp_path, seen, number):
-    """Ended as soon as a certain process of Ray is seen, the handlers of signals not yet in place."""
+    """Ended as soon as a certain process of Ray is seen, before the first round."""
     with long_run(tmp_path) as process:
         names: dict[int, bytes] = {}
         deadline = time.monotonic() + 120
@@ -135,4 +137,6 @@ def test_nothing_remains_of_a_run_that_ends_while_ray_starts(tmp_path, seen, num
         process.send_signal(number)
         process.wait(timeout=4 * WAIT)
     assert any(seen in name for name in names.values())
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    assert "Traceback" not in (tmp_path / "output").read_text()
     assert_nothing_remains(process.pid, family)
