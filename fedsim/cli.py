@@ -106,9 +106,11 @@ def sweep(
 ) -> None:
     """Run configurations over a grid of values; names the best of each by validation, if examples are held out.
 
-    A finished run is kept and an unfinished one resumed when the same sweep is started again. A grid of two keys
+    A finished run is kept and an unfinished one resumed when the same sweep is started again (Ctrl-C stops the runs
+    under way after their round). A grid of two keys
     (beside the seed) ends with a heat map, rows the first key's values, and its figures as tables.
     """
+    _terminate_as_interrupted()
     from fedsim.sweep import best, draw_grid, parse_grid
     from fedsim.sweep import sweep as run_sweep
 

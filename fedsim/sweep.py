@@ -10,11 +10,13 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from fedsim.config import Config, load_config
@@ -68,21 +70,38 @@ def sweep(
             resolve(config)
             todo.append((config, point, out / config.name / folder_name(point)))
     os.environ.update({k: v for k, v in ALLOCATOR.items() if k not in os.environ})
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent, (os.getpid(),)) as pool:
+    context = get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(jobs, context, _end_with_parent, (os.getpid(), stop)) as pool:
         running = [pool.submit(_job, config.as_dict(), str(folder)) for config, _, folder in todo]
         finished = []
-        for (config, point, folder), job in zip(todo, running):
-            accuracy, failure = job.result()
-            print(f"{folder}: {failure or f'mean accuracy {accuracy:.2%}'}", flush=True)
-            if failure is None:
-                finished.append((config, point, folder))
+        try:
+            for (config, point, folder), job in zip(todo, running):
+                accuracy, failure = job.result()
+                print(f"{folder}: {failure or f'mean accuracy {accuracy:.2%}'}", flush=True)
+                if failure is None:
+                    finished.append((config, point, folder))
+        except BaseException:  # Ctrl-C: runs under way stop after their round, and no other begins
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return finished
 
 
-def _end_with_parent(parent: int) -> None:
-    """A worker whose sweep was killed stops at once: its run is resumed by the next sweep."""
+_stopped: list[Event] = []  # in a worker: its sweep's
+
+
+def _end_with_parent(parent: int, stop: Event) -> None:
+    """A worker whose sweep was killed ends at once, one whose sweep was interrupted after its round: the next sweep
+    resumes its run. The sweep alone gets the Ctrl-C."""
+    os.setpgid(0, 0)
+    _stopped.append(stop)
 
     def watch() -> None:
+        while os.getppid() == parent:
+            if stop.wait(0.5):
+                os.kill(os.getpid(), signal.SIGTERM)
+                break
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -97,6 +116,8 @@ def _job(values: dict, folder: str) -> tuple[float, str | None]:
     from fedsim.run import resume, run
 
     path = Path(folder)
+    if any(stop.is_set() for stop in _stopped):  # the pool hands out a few jobs ahead, which it cannot take back
+        return 0.0, "not begun"
     if (path / "summary.json").exists():
         return json.loads((path / "summary.json").read_text())["mean_accuracy"], None
     path.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Sweeps: the grid, what is kept, the choice by validation, a run that fails."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +82,40 @@ def test_a_killed_sweep_leaves_no_worker(tmp_path):
     process.kill()
     process.wait()
     wait_until(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_stops_its_runs_after_a_round_and_starts_no_other(tmp_path, number):
+    config = tmp_path / "c.toml"
+    federation = '[federation]\ndomains = "mnist"\nexamples-per-client = 40\n'
+    config.write_text(f'name = "long"\nrounds = 100000\n{federation}[model]\nname = "logistic"\n')
+    command = [
+        sys.executable,
+        "-m",
+        "fedsim.cli",
+        "sweep",
+        str(config),
+        "--grid",
+        "seed=0,1,2,3",
+        "--out",
+        str(tmp_path),
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **quiet) as process:
+        wait_until(lambda: len(list(tmp_path.glob("long/*/checkpoints/*.json"))) >= 4, 120)
+        workers = children(process.pid)
+        os.killpg(process.pid, number)  # as a terminal does
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    wait_until(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()])
+    assert sorted(path.name for path in (tmp_path / "long").iterdir()) == ["seed-0", "seed-1"]
+    for events in tmp_path.glob("long/*/events.jsonl"):
+        assert [json.loads(line)["event"] for line in events.read_text().splitlines()] == ["interrupted"]
 
 
 def wait_until(condition, seconds: float = 60) -> None:
