@@ -168,7 +168,7 @@ def doctor() -> None:
 
 @functools.cache
 def _mount() -> None:
-    from fedsim.data.cli import app as data
+    from fedsim.data_cli import app as data
     from fedsim.deployment.cli import client, keys, server
     from fedsim.results.cli import plot, table
 

@@ -1,4 +1,4 @@
-"""Persistent Ray actors. The only module that imports Ray.
+"""Persistent Ray actors. With ``fedsim.ray_session`` the only module that imports Ray.
 
 The worker's specification and a round's order are put into the object store once; tensors cross as numpy arrays,
 which Ray maps into the actors without a copy. An actor that dies or hangs is replaced and its call repeated: a block is
@@ -8,11 +8,9 @@ a pure function of its arguments, so the repetition has the same bits.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import signal
-import socket
 import time
 import warnings
 from collections import deque
@@ -20,16 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep CUDA_VISIBLE_DEVICES as it is
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.pool import WorkerLost
-from fedsim.processes import ALLOCATOR
+from fedsim.processes import keep_memory
+from fedsim.ray_session import Session, current
 from fedsim.worker import Worker, WorkerSpec
 
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
@@ -45,41 +41,9 @@ def _register_tensors() -> None:
     ray.util.register_serializer(torch.Tensor, serializer=lambda t: t.detach().cpu().numpy(), deserializer=_from_numpy)
 
 
-def _answers(address: str) -> None:
-    """Raise OSError unless something listens at HOST:PORT: Ray itself would try for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def _start(workers: int, address: str) -> None:
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
-    try:
-        _answers(address)
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, OverflowError, ValueError, RayError) as error:
-        raise ConfigError(
-            f"simulation.address = '{address}': no Ray cluster answers there ({error}); expected HOST:PORT of one"
-            " ('ray start --head' says which), or no address to start one here"
-        ) from None
-
-
-@contextlib.contextmanager
-def session(workers: int, address: str = "") -> Iterator[None]:
-    """Keep one Ray for several pools.
-
-    Raises:
-        ConfigError: no cluster answers at ``address``.
-    """
-    _start(workers, address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 class _Actor:
     def __init__(self, spec: WorkerSpec):
+        keep_memory()
         _register_tensors()
         self.worker = Worker(spec)
 
@@ -125,9 +89,10 @@ class RayPool:
     ):
         self.retries, self.limit = retries, limit
         self.retried: list[tuple[int, str]] = []
-        self.owns = not ray.is_initialized()
-        if self.owns:
-            _start(workers, address)
+        # Ray that others keep going, or one of this pool's own
+        self.own = None if current() or ray.is_initialized() else Session(workers, address)
+        if ours := self.own or current():
+            ours.connect()
         have = ray.cluster_resources()
         if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
             self.close()
@@ -137,7 +102,7 @@ class RayPool:
             )
         _register_tensors()
         self.spec = ray.put(spec)
-        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": ALLOCATOR})(_Actor)
+        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
         self.actors: list[Any] = [None] * workers
         self.processes: list[tuple[str, int]] = [("", 0)] * workers
         self.starting: dict[Any, int] = {}  # reference -> actor
@@ -223,8 +188,8 @@ class RayPool:
     def close(self) -> None:
         for actor in getattr(self, "actors", []):
             ray.kill(actor)
-        if self.owns and ray.is_initialized():
-            ray.shutdown()
+        if self.own:
+            self.own.close()
 
 
 def _line(error: Exception) -> str:

@@ -33,7 +33,7 @@ def with_plugin(small: Small, plugin: Plugin) -> None:
 
 @pytest.fixture(scope="module")
 def ray_session():
-    from fedsim.ray_pool import session
+    from fedsim.ray_session import session
 
     with session(2):
         yield
