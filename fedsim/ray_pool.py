@@ -92,7 +92,7 @@ class RayPool:
         # Ray that others keep going, or one of this pool's own
         self.own = None if current() or ray.is_initialized() else Session(workers, address)
         if ours := self.own or current():
-            ours.connect()
+            ours.wait()
         have = ray.cluster_resources()
         if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
             self.close()

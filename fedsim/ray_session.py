@@ -23,6 +23,8 @@ from ray.exceptions import RayError
 
 from fedsim.errors import ConfigError, FedsimError
 
+logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM to the main thread
+
 SYSTEM = {
     "worker_niceness": 0,  # Ray's default is 15, but here the workers are the work
     "preload_python_modules": ["fedsim.ray_pool"],  # and with it torch: while the driver reads data
@@ -41,60 +43,65 @@ class _Head(Node):
 
 
 class Session:
-    """A Ray of ``workers`` CPUs on this machine, or the cluster at ``address``."""
+    """A Ray of ``workers`` CPUs on this machine, which may still be starting, or the cluster at ``address``.
+
+    Raises:
+        ConfigError: no cluster answers at ``address``.
+    """
 
     def __init__(self, workers: int, address: str = ""):
-        self.address, self.error = address, ""
+        self.error = ""
         self._up, self._over = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._keep, args=(workers,), name="ray", daemon=True)
         if not address:
-            self._thread = threading.Thread(target=self._keep, args=(workers,), name="ray", daemon=True)
             self._thread.start()
+            return
+        try:
+            _answers(address)
+            _join(address)
+        except (OSError, OverflowError, ValueError, RayError) as error:
+            raise ConfigError(
+                f"simulation.address = '{address}': no Ray cluster answers there ({error}); expected HOST:PORT of one"
+                " ('ray start --head' says which), or no address to start one here"
+            ) from None
+        self._up.set()
 
     def _keep(self, workers: int) -> None:
         # Linux ends Ray's processes with the thread that started them, so this one stays as long as they are needed.
+        head = None
         try:
             head = _Head(workers)
+            _join(head.gcs_address)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
-            self._up.set()
-            return
-        self.own = head.gcs_address
         self._up.set()
         self._over.wait()
-        head.kill_all_processes(check_alive=False, allow_graceful=True)
+        if head is not None:
+            head.kill_all_processes(check_alive=False, allow_graceful=True)
 
-    def connect(self) -> None:
-        """Wait until Ray is there; a session that is connected stays so.
+    def wait(self) -> None:
+        """Until this process is connected.
 
         Raises:
-            ConfigError: no cluster answers at the address.
             FedsimError: Ray does not start here.
         """
-        if ray.is_initialized():
-            return
-        if not self.address:
-            self._up.wait()
-            if self.error:
-                raise FedsimError(f"Ray does not start: {self.error}")
-        try:
-            _answers(self.address)
-            ray.init(self.address or self.own, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, OverflowError, ValueError, RayError) as error:
-            if not self.address:
-                raise
-            raise ConfigError(
-                f"simulation.address = '{self.address}': no Ray cluster answers there ({error}); expected HOST:PORT of"
-                " one ('ray start --head' says which), or no address to start one here"
-            ) from None
+        self._up.wait()
+        if self.error:
+            raise FedsimError(f"Ray does not start: {self.error}")
 
     def close(self) -> None:
         """Leave the cluster; end the Ray that was started here."""
-        if ray.is_initialized():
-            ray.shutdown()
+        started_here = self._thread.is_alive()
+        if started_here:
+            self._up.wait()
+        ray.shutdown()
         self._over.set()
-        if self._thread is not None:
+        if started_here:
             self._thread.join()
+
+
+def _join(address: str) -> None:
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _answers(address: str) -> None:
@@ -113,15 +120,9 @@ def current() -> Session | None:
 
 @contextlib.contextmanager
 def session(workers: int, address: str = "") -> Iterator[Session]:
-    """Keep one Ray for several pools. What is started here may still be starting: see ``Session.connect``.
-
-    Raises:
-        ConfigError: no cluster answers at ``address``.
-    """
+    """Keep one Ray for several pools. Raises as ``Session`` does."""
     _sessions.append(Session(workers, address))
     try:
-        if address:
-            _sessions[0].connect()
         yield _sessions[0]
     finally:
         _sessions.pop().close()
