@@ -186,7 +186,10 @@ def main() -> None:
     started = time.time()
     try:
         _mount()
-        sys.exit(app(standalone_mode=False, prog_name="fedsim"))
+        code = app(standalone_mode=False, prog_name="fedsim")
+        if code == 130:  # typer's word for an interrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
