@@ -23,11 +23,13 @@ from fedsim.store import ClientStore
 from fedsim.strategy import Replies, Rows
 from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
+from fedsim.vectorized import stacks_models
 from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
 WINDOW = 2048  # evaluations under way at a time
+STACK = 32  # models scored at once under vmap
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
@@ -69,6 +71,7 @@ class Federation:
         self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
         self.shared, self.private = spec.task.initial()
         self.policy, self.needs = policy, needs
+        self.stacks = spec.executor == "vmap" and stacks_models(spec.task)
         self.failures: list[Failure] = []
         self.void: str | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -191,14 +194,24 @@ class Federation:
         scores = []
         # A window at a time: each job carries a client's private tensors, which are in memory only so long.
         while jobs := list(itertools.islice(every, WINDOW)):
-            chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
-            results: list[list[Score]] = [[] for _ in chunks]
-            for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
+            chunks = self._chunks(jobs)
+            found: dict[int, Score] = {}
+            for number, result in self.pool.map("evaluate", shared, [([jobs[i] for i in c],) for c in chunks]):
                 if isinstance(result, WorkerLost):
                     raise FedsimError(f"evaluation failed: {result}")
-                results[number] = result
-            scores += [score for result in results for score in result]
+                found |= zip(chunks[number], result)
+            scores += [found[i] for i in range(len(jobs))]
         return scores
+
+    def _chunks(self, jobs: Sequence[EvaluationJob]) -> list[list[int]]:
+        """Positions of the jobs that go to a worker together: by the configuration, never by the number of workers."""
+        if self.stacks:
+            alike: dict[tuple[str, str], list[int]] = {}
+            for position, job in enumerate(jobs):
+                alike.setdefault((job.domain, job.mode), []).append(position)
+            return [g[i : i + STACK] for g in alike.values() for i in range(0, len(g), STACK)]
+        size = math.ceil(len(jobs) / 64)
+        return [list(range(i, min(i + size, len(jobs)))) for i in range(0, len(jobs), size)]
 
     def _jobs(self, split: str, every_client: bool = False) -> Iterator[EvaluationJob]:
         dataset, shards = self.spec.dataset, self.spec.shards
@@ -240,8 +253,3 @@ class Federation:
             return [shards.domains[shards.domain[client]]]
         present = np.unique(self.spec.dataset.domain_train[shards[client]])
         return [self.spec.dataset.domains[d] for d in present]
-
-
-def _chunks(jobs: list[EvaluationJob], count: int) -> list[list[EvaluationJob]]:
-    size = math.ceil(len(jobs) / count)
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
