@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from fedsim.strategy import Replies, Rows
 from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
 from fedsim.vectorized import stacks_models
-from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
+from fedsim.worker import BlockResult, EvaluationJob, Failure, Narrowed, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
@@ -118,43 +118,52 @@ class Federation:
         is worth a line in the run's events: of this order alone. If too few updates can be used, ``self.void`` says so,
         and the clients keep the private state they had.
         """
-        results = self._results(order, clients)
-        replies = Rows([columns for result in results for columns in result.replies])
+        columns, total = [], _Total()
+        for result in self._results(order, clients):
+            columns += result.replies
+            if result.partial is not None:
+                total.add(result.partial)
+        replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:
-            self._keep(order, results)
-        partials = [result.partial for result in results if result.partial is not None]
-        return Replies(replies, partials, order.weighting, len(self))
+            self.store.accept()
+        else:
+            self.store.discard()
+        return Replies(replies, total.partials, order.weighting, len(self))
 
     def train_blocks(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         """The results in block order; the clients' new private states are stored."""
-        results = self._results(order, clients)
-        self._keep(order, results)
+        results = list(self._results(order, clients))
+        self.store.accept()
         return results
 
-    def _keep(self, order: Order, results: Sequence[BlockResult]) -> None:
-        for result in results:
-            for client, state in result.states.items():
-                self.store.put(client, order.round, state)
-
-    def _results(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
-        clients = sorted(clients)
-        blocks = [clients[i : i + self.block] for i in range(0, len(clients), self.block)]
-        calls = [(block, self.states(block)) for block in blocks]
-        results: list[BlockResult] = [BlockResult() for _ in blocks]
+    def _results(self, order: Order, clients: Sequence[int]) -> Iterator[BlockResult]:
+        """Results in block order, as soon as they and all before them are there; the new states are staged."""
+        self.store.discard()
+        calls = _Calls(sorted(clients), self.block, self.states)
         self.failures, self.dropped = [], 0
-        for number, result in self.pool.map("train", order, calls):
+        narrowed: list[Narrowed] = []
+        early: dict[int, BlockResult] = {}
+        arrivals, following = self.pool.map("train", order, calls), 0
+        for number, result in arrivals:
             if isinstance(result, WorkerLost):
-                lost = [Failure(c, result.stage, str(result)) for c in blocks[number]]
+                lost = [Failure(c, result.stage, str(result)) for c in calls.clients(number)]
                 result = BlockResult(failures=lost)
-            results[number] = result
-        self.retried = sum(len(blocks[number]) for number, _ in self.pool.retried)
-        self.events = [("retried", {"clients": blocks[number], "reason": why}) for number, why in self.pool.retried]
-        for result in results:
-            self.events += [("narrowed", {"clients": [*n.clients], "reason": n.reason}) for n in result.narrowed]
-            self.dropped += result.dropped
-            self.failures += result.failures
-        return results
+            for client, state in result.states.items():
+                self.store.stage(client, order.round, state)
+            result.states = {}
+            early[number] = result
+            while following in early:
+                result = early.pop(following)
+                following += 1
+                narrowed += result.narrowed
+                self.dropped += result.dropped
+                self.failures += result.failures
+                yield result
+        repeated = [(calls.clients(number), why) for number, why in self.pool.retried]
+        self.retried = sum(len(block) for block, _ in repeated)
+        self.events = [("retried", {"clients": block, "reason": why}) for block, why in repeated]
+        self.events += [("narrowed", {"clients": [*n.clients], "reason": n.reason}) for n in narrowed]
 
     def evaluate(self, shared: Tensors, split: str = "test") -> list[Score]:
         """Every distinct (model, domain) once.
@@ -253,3 +262,40 @@ class Federation:
             return [shards.domains[shards.domain[client]]]
         present = np.unique(self.spec.dataset.domain_train[shards[client]])
         return [self.spec.dataset.domains[d] for d in present]
+
+
+class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
+    """The arguments of every block's training. States are read when a pool asks for a block's, so that those of a few
+    blocks are in memory at a time and reading them hides behind training."""
+
+    def __init__(self, clients: Sequence[int], block: int, states: Callable[[Sequence[int]], list[ClientState]]):
+        self.blocks = [list(clients[i : i + block]) for i in range(0, len(clients), block)]
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def clients(self, number: int) -> list[int]:
+        return self.blocks[number]
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.blocks[number], self.states(self.blocks[number])
+
+
+class _Total:
+    """The sum of the blocks' partial sums so far, added in block order: at most one copy of the model besides."""
+
+    def __init__(self) -> None:
+        self.partials: list[Partial] = []
+        self.own = False
+
+    def add(self, partial: Partial) -> None:
+        if not self.partials:
+            self.partials = [partial]
+            return
+        if not self.own:  # the first one's memory may be a worker's, and read-only
+            self.partials, self.own = [merge(self.partials)], True
+        (total,) = self.partials
+        for name, value in partial.sums().items():
+            total.tensors[name].add_(value)
+        total.weight += partial.weight

@@ -8,6 +8,7 @@ a pure function of its arguments, so the repetition has the same bits.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -147,13 +148,18 @@ class RayPool:
         waiting = deque((number, 0) for number in range(len(calls)))
         idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
         running: dict[Any, _Running] = {}  # by reference
+        ready: dict[int, Any] = {}  # number -> its arguments, in the object store: one more for every actor
         while waiting or running:
             while waiting and idle:
                 (number, tries), actor = waiting.popleft(), idle.pop(0)
-                reference = self.actors[actor].call.remote(method, shared, calls[number])
+                call = ready.pop(number) if number in ready else ray.put(calls[number])
+                reference = self.actors[actor].call.remote(method, shared, call)
                 running[reference] = _Running(actor, number, tries, time.monotonic() + limit)
             left = min((r.deadline for r in running.values()), default=math.inf) - time.monotonic()
             timeout = None if left == math.inf else max(left, 0.0)
+            following = next((n for n, _ in itertools.islice(waiting, len(self.actors)) if n not in ready), None)
+            if following is not None:  # reading it hides behind the training of the others
+                ready[following], timeout = ray.put(calls[following]), 0.0
             for reference in ray.wait([*running, *self.starting], num_returns=1, timeout=timeout)[0]:
                 if reference in self.starting:
                     came = self._started(reference)
