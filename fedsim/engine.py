@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedsim.errors import FedsimError
 from fedsim.fold import Partial, mean, merge
@@ -283,7 +284,8 @@ class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
 
 
 class _Total:
-    """The sum of the blocks' partial sums so far, added in block order: at most one copy of the model besides."""
+    """The sum of the blocks' partial sums so far, added in block order: one float64 copy of the model, and of each
+    partial sum one tensor at a time. The bits are those of ``fedsim.fold.merge``."""
 
     def __init__(self) -> None:
         self.partials: list[Partial] = []
@@ -293,9 +295,12 @@ class _Total:
         if not self.partials:
             self.partials = [partial]
             return
-        if not self.own:  # the first one's memory may be a worker's, and read-only
-            self.partials, self.own = [merge(self.partials)], True
         (total,) = self.partials
-        for name, value in partial.sums().items():
+        if not self.own:  # the memory of what came may be a worker's, and read-only
+            scaled, self.own = total.scaled, True
+            total.tensors = {n: v.clone() for n, v in total.tensors.items()} if scaled else total.sums()
+        for name, value in partial.tensors.items():
+            if not partial.scaled:
+                value = value.to(torch.float64, copy=True).mul_(partial.weight)
             total.tensors[name].add_(value)
         total.weight += partial.weight

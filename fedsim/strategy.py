@@ -71,7 +71,7 @@ class Replies:
         if "total" not in self._cache:
             folded = lambda r: {n: v for n, v in r.report.items() if n.startswith(FOLDED)}  # noqa: E731
             parts = self.partials or [Partial.of({**r.shared, **folded(r)}, self.weight(r)) for r in self.singles]
-            self._cache["total"] = merge(parts)
+            self._cache["total"] = merge(parts) if len(parts) != 1 else parts[0]  # which is only read
         return self._cache["total"]
 
     def mean(self, like: Tensors) -> Tensors:
