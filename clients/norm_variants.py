@@ -52,15 +52,12 @@ class ReplaceBatchNorm(Plugin):
         return replace_modules(model, swap)
 
 
-class ReplaceWithActivation(Plugin):
+class ReplaceWithActivation(ReplaceBatchNorm):
     """EvoNorm in the place of BatchNorm2d and the ReLU after it, which it includes.
 
     Raises:
         ConfigError: a BatchNorm2d is not followed by a ReLU in an ``nn.Sequential``.
     """
-
-    def __init__(self, images: Make, vectors: Make):
-        self.images, self.vectors = images, vectors
 
     def prepare(self, model: nn.Module) -> nn.Module:
         for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
@@ -73,7 +70,7 @@ class ReplaceWithActivation(Plugin):
                 f"algorithm.normalization: EvoNorm includes its nonlinearity, and no ReLU follows '{left[0]}' in an "
                 "nn.Sequential; choose another normalization or another model"
             )
-        return ReplaceBatchNorm(self.images, self.vectors).prepare(model)
+        return super().prepare(model)
 
 
 class WeightStandardizedConv2d(nn.Conv2d):
@@ -112,42 +109,30 @@ class AffineOnly(Plugin):
         return model
 
 
-@register("normalization", "in")
-def instance(config: Config) -> Part:
-    images = lambda c: nn.InstanceNorm2d(c, affine=True)  # noqa: E731
-    return Part((ReplaceBatchNorm(images, nn.LayerNorm),), check=has_batch_norm)
+def _register(name: str, *plugins: Plugin) -> None:
+    """A value of the axis without options."""
+
+    @register("normalization", name)
+    def part(config: Config) -> Part:
+        return Part(plugins, check=has_batch_norm)
 
 
-@register("normalization", "bcn")
-def batch_channel(config: Config) -> Part:
-    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(BatchChannelNorm2d, nn.LayerNorm)), check=has_batch_norm)
-
-
-@register("normalization", "bcn-estimated")
-def batch_channel_estimated(config: Config) -> Part:
-    images = lambda c: BatchChannelNorm2d(c, estimated=True)  # noqa: E731
-    return Part((StandardizeBeforeNorm(), ReplaceBatchNorm(images, nn.LayerNorm)), check=has_batch_norm)
-
-
-@register("normalization", "ibn-a")
-def ibn_a(config: Config) -> Part:
-    return Part((ReplaceBatchNorm(InstanceBatchNorm2d, keep_last=True),), check=has_batch_norm)
+_register("in", ReplaceBatchNorm(lambda c: nn.InstanceNorm2d(c, affine=True), nn.LayerNorm))
+_register("bcn", StandardizeBeforeNorm(), ReplaceBatchNorm(BatchChannelNorm2d, nn.LayerNorm))
+_register(
+    "bcn-estimated",
+    StandardizeBeforeNorm(),
+    ReplaceBatchNorm(lambda c: BatchChannelNorm2d(c, estimated=True), nn.LayerNorm),
+)
+_register("ibn-a", ReplaceBatchNorm(InstanceBatchNorm2d, keep_last=True))
+_register("evonorm-s0", ReplaceWithActivation(EvoNormS0, nn.LayerNorm))
+_register("evonorm-b0", ReplaceWithActivation(EvoNormB0, nn.BatchNorm1d))
 
 
 @register("normalization", "ghost")
 def ghost(config: Config, *, ghost_size: int = 8) -> Part:
     layer = lambda c: GhostBatchNorm2d(c, ghost_size)  # noqa: E731
     return Part((ReplaceBatchNorm(layer, layer),), check=has_batch_norm)
-
-
-@register("normalization", "evonorm-s0")
-def evonorm_s0(config: Config) -> Part:
-    return Part((ReplaceWithActivation(EvoNormS0, nn.LayerNorm),), check=has_batch_norm)
-
-
-@register("normalization", "evonorm-b0")
-def evonorm_b0(config: Config) -> Part:
-    return Part((ReplaceWithActivation(EvoNormB0, nn.BatchNorm1d),), check=has_batch_norm)
 
 
 @register("normalization", "adab2n")

@@ -23,7 +23,7 @@ from fedsim.flower import METRICS, log, read_order, reply_content
 from fedsim.registry import relevant_options
 from fedsim.types import ClientState
 from fedsim.wire import to_dense_arrays, to_tensors
-from fedsim.worker import EvaluationJob, Worker, WorkerSpec
+from fedsim.worker import EvaluationJob, Worker
 
 PRIVATE, MEMORY = "fedsim-private", "fedsim-memory"
 CLIENT_FAILED = 2  # Flower's error code for an exception in the ClientApp
@@ -61,17 +61,7 @@ def _plan(run_config: str) -> Plan:
 def _worker(run_config: str) -> tuple[Plan, Worker]:
     """Data and model stay in memory between messages as long as Flower keeps the process."""
     planned = _plan(run_config)
-    config = planned.config
-    spec = WorkerSpec(
-        planned.task,
-        planned.dataset,
-        planned.shards,
-        config.training,
-        config.seed,
-        config.rounds,
-        evaluation_batch=config.evaluation.batch_size,
-    )
-    return planned, Worker(spec)
+    return planned, Worker(planned.spec)
 
 
 def _key(context: Context) -> str:

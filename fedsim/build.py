@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from fedsim.config import Config
+from fedsim.config import Config, Training
 from fedsim.data import Dataset, Partition, from_config, hold_out, set_apart
 from fedsim.data.augment import augmentation
 from fedsim.engine import Federation, block_size
@@ -49,6 +51,21 @@ class Plan:
     cohort: int
     modes: dict[str, Mode]
 
+    @property
+    def spec(self) -> WorkerSpec:
+        """What a worker holds that trains one client after the other on a CPU: all of a deployed client's."""
+        config = self.config
+        return WorkerSpec(
+            self.task,
+            self.dataset,
+            self.shards,
+            config.training,
+            config.seed,
+            config.rounds,
+            evaluation_batch=config.evaluation.batch_size,
+            modes=self.modes,
+        )
+
 
 def optimizer_of(config: Config) -> Optimizer:
     training = config.training
@@ -64,7 +81,9 @@ def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[i
         model = build_model(config.model.name, classes=classes, shape=shape, norm=config.model.norm)
         if config.model.weights:
             load_weights(model, config.model.weights)
-        task = ClientTask(model, plugins_of(parts), optimizer_of(config))
+        task = ClientTask(
+            model, plugins_of(parts), optimizer_of(config), config.training.precision, config.simulation.compile
+        )
         task.model.to(getattr(torch, config.training.dtype))  # after the surgery, which makes layers of its own
         return task
 
@@ -145,8 +164,12 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     cohort = wanted or max(1, math.ceil(config.federation.participation * clients - 1e-9))
     device = "cuda" if config.simulation.gpus_per_worker else "cpu"
     asked = config.simulation.executor
+    if reason := _imprecise(config.training, device):
+        raise ConfigError(f"training.precision = '{config.training.precision}': {reason}")
     example = examples.batch("train", np.array([0]))[0][0]
     executor = choose_executor(task, example, config.training.batch_size, device) if asked == "auto" else asked
+    if config.simulation.compile and (reason := _uncompiled(executor, device)):
+        raise ConfigError(f"simulation.compile = true: {reason}")
     model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())
     block = config.simulation.block or block_size(executor, cohort, model_bytes)
     simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
@@ -160,6 +183,25 @@ def plan(config: Config, data: Data | None = None) -> Plan:
             " take more clients, a higher federation.participation, or a rule that needs fewer"
         )
     return Plan(config, parts, task, dataset, shards, validation, strategy, cohort, modes)
+
+
+def _imprecise(training: Training, device: str) -> str | None:
+    """Why the precision asked for is not to be had, or None."""
+    if training.precision == "tf32" and device == "cpu":
+        return "of a GPU's tensor cores; set simulation.gpus-per-worker, or take 'full' or 'bf16'"
+    if training.precision != "full" and training.dtype == "float64":
+        return "training.dtype = 'float64' asks for the opposite; take one of them"
+    return None
+
+
+def _uncompiled(executor: str, device: str) -> str | None:
+    """Why steps cannot be compiled, or None."""
+    if executor != "vmap":
+        return f"a step of many clients at once is; the executor here is '{executor}'; set simulation.executor = 'vmap'"
+    compiler = os.environ.get("CXX", "g++")
+    if device == "cpu" and shutil.which(compiler) is None:
+        return f"torch's compiler writes C++, and '{compiler}' is not there; install one, or name yours in CXX"
+    return None
 
 
 def policy_of(config: Config) -> Policy:
@@ -186,19 +228,13 @@ def pool_of(spec: WorkerSpec, config: Config) -> Pool:
 def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Federation:
     """Start the workers and put the federation on them."""
     config = plan.config
-    spec = WorkerSpec(
-        task=plan.task,
-        dataset=plan.dataset,
-        shards=plan.shards,
-        training=config.training,
-        seed=config.seed,
-        rounds=config.rounds,
+    spec = replace(
+        plan.spec,
         executor=config.simulation.executor,
-        evaluation_batch=config.evaluation.batch_size,
-        modes=plan.modes,
         device="cuda" if config.simulation.gpus_per_worker else "cpu",
         debug=debug,
         max_update_norm=config.guard.max_update_norm,
+        time_limit=config.simulation.time_limit,
     )
     validation = None if plan.validation is None else [plan.validation[c] for c in range(len(plan.validation))]
     return Federation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a configuration, or compare several; ends with a table and pictures of accuracy per domain."""
+    _terminate_as_interrupted()
     from fedsim.recipes import quick_recipe, run_all
 
     overrides = list(set or [])
@@ -57,6 +59,11 @@ def run(
     overrides += [f"simulation.workers={workers}"] if workers is not None else []
     seeds = _seeds(seed) if seed is not None else None
     run_all(config or quick_recipe(), overrides, out, seeds, debug=debug)
+
+
+def _terminate_as_interrupted() -> None:
+    """SIGTERM before the first round and after the last one is what Ctrl-C is; in between see ``fedsim.run``."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _seeds(text: str) -> list[int]:
@@ -78,6 +85,7 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Continue a run that was stopped or killed; it ends with the bits of an undisturbed one."""
+    _terminate_as_interrupted()
     from fedsim.recipes import report
     from fedsim.run import resume as continue_run
 

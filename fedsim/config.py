@@ -73,6 +73,9 @@ class Training(Section):
     augment: str = "none"
     pretrain_epochs: Annotated[int, Field(ge=0)] = Field(0, description="on the server's public examples, first of all")
     dtype: Literal["float32", "float64"] = Field("float32", description="float64: to tell rounding from mistakes")
+    precision: Literal["full", "tf32", "bf16"] = Field(
+        "full", description="of products and convolutions while training; bf16: autocast, weights stay as they are"
+    )
 
 
 class Algorithm(BaseModel):
@@ -97,11 +100,12 @@ class SimulationSection(Section):
     executor: Literal["auto", "loop", "vmap"] = "auto"
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     block: Annotated[int, Field(ge=0)] = Field(0, description="clients a block; 0: by rule on cohort and model")
+    compile: bool = Field(False, description="vmap: steps through torch's compiler, for runs longer than its minute")
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     address: str = Field("", description="address of a running Ray cluster; empty: start one here")
     retries: Annotated[int, Field(ge=0)] = Field(2, description="of a block whose worker died or took too long")
     time_limit: NonNegative = Field(
-        0.0, description="seconds a block may train before its worker is killed and replaced; 0: no limit"
+        0.0, description="seconds a client may train, or a model be scored on a split; 0: no limit"
     )
 
 
@@ -159,11 +163,6 @@ class Config(Section):
             raise ValueError("training.momentum belongs to optimizer = 'sgd'; Adam has its own (remove the key)")
         if self.training.pretrain_epochs and not self.federation.public_per_class:
             raise ValueError("training.pretrain-epochs needs examples: set federation.public-per-class too")
-        if self.simulation.time_limit and not self.simulation.workers:
-            raise ValueError(
-                "simulation.time-limit needs workers that can be killed, not this process: set simulation.workers to 1"
-                " or more, or time-limit = 0"
-            )
         return self
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedsim.errors import FedsimError
 from fedsim.fold import Partial, mean, merge
@@ -29,15 +28,27 @@ from fedsim.worker import BlockResult, EvaluationJob, Failure, Narrowed, Score, 
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
+LARGE_MODEL = 1 << 24  # bytes
 WINDOW = 2048  # evaluations under way at a time
 STACK = 32  # models scored at once under vmap
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
-    """The default block: vmap wants many clients at once, the loop enough blocks to keep the workers busy."""
+    """The default block: vmap wants many clients at once, but two workers something to do; the loop enough blocks to
+    keep more of them busy, though the sums of a large model are costly to move."""
     if executor != "vmap":
-        return math.ceil(cohort / 16)
-    return min(cohort, VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
+        return math.ceil(cohort / (16 if model_bytes < LARGE_MODEL else 8))
+    return min(math.ceil(cohort / 2), VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
+
+
+def cut(clients: Sequence[int], block: int) -> list[list[int]]:
+    """Blocks of at most ``block`` clients each, even in size and in number (more than two: a multiple of four), so that
+    up to four workers end together. What a block is must not depend on how many there are."""
+    count = math.ceil(len(clients) / block)
+    if count > 2:
+        count = min(len(clients), 4 * math.ceil(count / 4))
+    edges = [len(clients) * i // count for i in range(count + 1)]
+    return [list(clients[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 class Federation:
@@ -104,7 +115,7 @@ class Federation:
         first = next(states, None)
         if first is None:
             return self.private
-        return mean(merge(Partial.of(s, 1.0) for s in itertools.chain([first], states)), self.private)
+        return mean([merge(Partial.of(s, 1.0) for s in itertools.chain([first], states))], self.private)
 
     def kept(self) -> Iterator[Tensors]:
         """Private tensors of the clients that have trained."""
@@ -119,18 +130,17 @@ class Federation:
         is worth a line in the run's events: of this order alone. If too few updates can be used, ``self.void`` says so,
         and the clients keep the private state they had.
         """
-        columns, total = [], _Total()
+        columns, partials = [], []
         for result in self._results(order, clients):
             columns += result.replies
-            if result.partial is not None:
-                total.add(result.partial)
+            partials += [] if result.partial is None else [result.partial]
         replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:
             self.store.accept()
         else:
             self.store.discard()
-        return Replies(replies, total.partials, order.weighting, len(self))
+        return Replies(replies, partials, order.weighting, len(self))
 
     def train_blocks(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         """The results in block order; the clients' new private states are stored."""
@@ -208,7 +218,8 @@ class Federation:
             found: dict[int, Score] = {}
             for number, result in self.pool.map("evaluate", shared, [([jobs[i] for i in c],) for c in chunks]):
                 if isinstance(result, WorkerLost):
-                    raise FedsimError(f"evaluation failed: {result}")
+                    mend = "; raise simulation.time-limit, or set it to 0" if result.stage == "time" else ""
+                    raise FedsimError(f"evaluation failed: {result}{mend}")
                 found |= zip(chunks[number], result)
             scores += [found[i] for i in range(len(jobs))]
         return scores
@@ -270,7 +281,7 @@ class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
     blocks are in memory at a time and reading them hides behind training."""
 
     def __init__(self, clients: Sequence[int], block: int, states: Callable[[Sequence[int]], list[ClientState]]):
-        self.blocks = [list(clients[i : i + block]) for i in range(0, len(clients), block)]
+        self.blocks = cut(clients, block)
         self.states = states
 
     def __len__(self) -> int:
@@ -281,26 +292,3 @@ class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
 
     def __getitem__(self, number: Any) -> Any:
         return self.blocks[number], self.states(self.blocks[number])
-
-
-class _Total:
-    """The sum of the blocks' partial sums so far, added in block order: one float64 copy of the model, and of each
-    partial sum one tensor at a time. The bits are those of ``fedsim.fold.merge``."""
-
-    def __init__(self) -> None:
-        self.partials: list[Partial] = []
-        self.own = False
-
-    def add(self, partial: Partial) -> None:
-        if not self.partials:
-            self.partials = [partial]
-            return
-        (total,) = self.partials
-        if not self.own:  # the memory of what came may be a worker's, and read-only
-            scaled, self.own = total.scaled, True
-            total.tensors = {n: v.clone() for n, v in total.tensors.items()} if scaled else total.sums()
-        for name, value in partial.tensors.items():
-            if not partial.scaled:
-                value = value.to(torch.float64, copy=True).mul_(partial.weight)
-            total.tensors[name].add_(value)
-        total.weight += partial.weight

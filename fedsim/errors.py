@@ -28,3 +28,4 @@ class StorageError(FedsimError):
 
     def __init__(self, path: object, reason: object, mend: str = "make room there; 'fedsim resume' continues a run"):
         super().__init__(f"{path}: cannot be written: {reason}; {mend}")
+        self.path, self.reason = path, reason

@@ -14,11 +14,27 @@ from fedsim.local import Fetch
 from fedsim.random import torch_generator
 
 
-class Examples:
-    """Batches of a data set on a device, normalised on the fly."""
+def _room(device: torch.device) -> int:
+    """Bytes that examples may take on a device: half of what is free, for the models of a block need theirs."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else -1
 
-    def __init__(self, dataset: Dataset, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+
+class Examples:
+    """Batches of a data set on a device, normalised on the fly.
+
+    Args:
+        layout: of images in memory; their shape is [B, C, H, W] in any case.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.contiguous_format,
+    ):
         self.device, self.dtype = torch.device(device), dtype
+        self.layout = layout if len(dataset.shape) == 3 else torch.contiguous_format
         shape = (-1, *(1,) * (len(dataset.shape) - 1))
         # x / 255 - mean, over std, as one multiplication and one addition a pixel
         std = torch.tensor(dataset.std, dtype=dtype, device=self.device).view(shape)
@@ -26,20 +42,32 @@ class Examples:
         self.scale, self.offset = 1.0 / (255.0 * std), -mean / std
         # Plain arrays over the mapped memory: np.memmap's own bookkeeping costs more than a small batch.
         plain = np.asarray
-        self.arrays = {
+        self.arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {
             "train": (plain(dataset.x_train), plain(dataset.y_train)),
             "test": (plain(dataset.x_test), plain(dataset.y_test)),
         }
+        # On a device whose memory has the room they lie there, so that a batch is gathered where it is used.
+        size = sum(a.nbytes for pair in self.arrays.values() for a in pair)
+        self.resident: dict[str, tuple[Tensor, Tensor]] = {}
+        if size <= _room(self.device):
+            put = lambda a: torch.from_numpy(np.array(a)).to(self.device)  # noqa: E731
+            self.resident = {split: (put(x), put(y)) for split, (x, y) in self.arrays.items()}
 
     def batch(self, split: str, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W] in ``dtype`` (tokens: int64), y [B] int64; for indices [k, B] both have k in front."""
-        images, labels = self.arrays[split]
-        x = torch.from_numpy(images[indices]).to(self.device)
-        y = torch.from_numpy(labels[indices]).to(self.device)
-        if x.dtype == torch.uint8:
-            x = x.to(self.dtype).mul_(self.scale).add_(self.offset)
-        elif x.is_floating_point():
-            x = x.to(self.dtype)
+        if split in self.resident:
+            rows = torch.from_numpy(indices).to(self.device)
+            x, y = (values[rows] for values in self.resident[split])
+        else:
+            x, y = (torch.from_numpy(values[indices]).to(self.device) for values in self.arrays[split])
+        if x.dtype == torch.uint8 or x.is_floating_point():
+            pixels = x.dtype == torch.uint8
+            if self.layout is torch.contiguous_format:
+                x = x.to(self.dtype)
+            else:
+                x = x.flatten(0, -4).to(self.dtype, memory_format=self.layout).view(x.shape)
+            if pixels:
+                x = x.mul_(self.scale).add_(self.offset)
         return x, y
 
     def fetcher(self, seed: int, round: int, augment: str) -> Fetch:

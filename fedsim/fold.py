@@ -7,12 +7,15 @@ mean has the same bits for any number of workers and any order of arrival.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedsim.types import Tensors
+
+PIECE = 1 << 16  # numbers: as many sums in float64, and as many terms, fit in a core's own cache
 
 
 @dataclass
@@ -25,6 +28,11 @@ class Partial:
     tensors: Tensors
     weight: float
     scaled: bool = True
+
+    @property
+    def factor(self) -> float:
+        """What the tensors have still to be multiplied by."""
+        return 1.0 if self.scaled else self.weight
 
     @classmethod
     def of(cls, tensors: Tensors, weight: float) -> Partial:
@@ -46,14 +54,36 @@ class Partial:
         if tensors.keys() != self.tensors.keys() or any(tensors[n].shape != v.shape for n, v in self.tensors.items()):
             raise ValueError("what is to be summed has other names or shapes than the block's other clients sent")
         for name, total in self.sums().items():
-            total.add_(tensors[name], alpha=weight)
+            _accumulate(total, tensors[name], weight)
         self.weight += weight
 
     def sums(self) -> Tensors:
         if not self.scaled:
-            self.tensors = {n: v.to(torch.float64, copy=True).mul_(self.weight) for n, v in self.tensors.items()}
+            self.tensors = {n: _scaled(v, self.weight) for n, v in self.tensors.items()}
             self.scaled = True
         return self.tensors
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same stretch of each, flattened, after another: long sums pass through a core's cache, not through memory."""
+    return zip(*(t.split(PIECE) for t in tensors))
+
+
+def _product(piece: Tensor, weight: float) -> Tensor:
+    """Rounded before it is added, so that a sum has the same bits wherever its terms were multiplied."""
+    return piece if weight == 1 else torch.mul(piece.to(torch.float64), weight)
+
+
+def _scaled(value: Tensor, weight: float) -> Tensor:
+    out = torch.empty(value.shape, dtype=torch.float64)
+    for into, piece in _pieces(out.view(-1), value.reshape(-1)):
+        into.copy_(piece).mul_(weight)
+    return out
+
+
+def _accumulate(total: Tensor, value: Tensor, weight: float = 1.0) -> None:
+    for into, piece in _pieces(total.view(-1), value.reshape(-1)):
+        into.add_(_product(piece, weight))
 
 
 def merge(partials: Iterable[Partial]) -> Partial:
@@ -68,17 +98,32 @@ def merge(partials: Iterable[Partial]) -> Partial:
             total = Partial({n: v.clone() for n, v in partial.sums().items()}, partial.weight)
         else:
             for name, value in partial.sums().items():
-                total.tensors[name].add_(value)
+                _accumulate(total.tensors[name], value)
             total.weight += partial.weight
     if total is None:
         raise ValueError("no replies to combine")
     return total
 
 
-def mean(total: Partial, like: Tensors) -> Tensors:
-    """sum_k p_k theta_k / sum_k p_k of the names and in the dtypes of ``like``; integer tensors are rounded."""
+def mean(partials: Sequence[Partial], like: Tensors) -> Tensors:
+    """sum_k p_k theta_k / sum_k p_k of the names and in the dtypes of ``like``, over block sums in block order; integer
+    tensors are rounded.
+
+    Raises:
+        ValueError: there is nothing to combine.
+    """
+    if not partials:
+        raise ValueError("no replies to combine")
+    weight = sum(p.weight for p in partials)
     out = {}
-    for name, value in ((n, v) for n, v in total.sums().items() if n in like):
-        average, dtype = value / total.weight, like[name].dtype
-        out[name] = (average if dtype.is_floating_point else average.round()).to(dtype)
+    for name, want in like.items():
+        if name in partials[0].tensors:
+            out[name] = torch.empty(partials[0].tensors[name].shape, dtype=want.dtype)
+            values = [p.tensors[name].reshape(-1) for p in partials]
+            for into, first, *others in _pieces(out[name].view(-1), *values):
+                total = first.to(torch.float64, copy=True).mul_(partials[0].factor)
+                for partial, piece in zip(partials[1:], others):
+                    total.add_(_product(piece, partial.factor))
+                total.div_(weight)
+                into.copy_(total if want.dtype.is_floating_point else total.round_())
     return out

@@ -90,10 +90,11 @@ def rows_finite(tensors: Tensors) -> Tensor:
     fine = torch.tensor(True)
     for value in tensors.values():
         if value.is_floating_point() and value.numel():
-            # One pass that allocates nothing: the extremes are NaN if any value is.
+            # One pass that allocates nothing: the extremes are NaN if any value is. Row by row only if there is cause.
             flat = value.reshape(len(value), -1)
-            low, high = flat.aminmax(dim=1) if len(flat) > 1 else (extreme[None] for extreme in flat.aminmax())
-            fine = fine & (torch.isfinite(low) & torch.isfinite(high)).cpu()
+            if not all(bool(torch.isfinite(extreme)) for extreme in flat.aminmax()):
+                low, high = flat.aminmax(dim=1)
+                fine = fine & (torch.isfinite(low) & torch.isfinite(high)).cpu()
     return fine
 
 

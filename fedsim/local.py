@@ -7,6 +7,7 @@ the clients of a block. Both yield ``Outcomes`` in client order: the loop of one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -93,6 +94,9 @@ class ClientTask:
     """Model skeleton, plug-ins and optimizer: everything of the local work but data and state.
 
     Attributes:
+        precision: of products and convolutions while training: ``full``, ``tf32`` (a GPU's, set by the worker) or
+            ``bf16`` (torch's autocast: parameters, gradients of parameters, normalization and loss stay as they are).
+        compile: under vmap, run a step through torch's compiler.
         trainable: names of the parameters that local training changes, in the model's order.
         private: names that never leave the client.
         frozen: parameters that need no gradient: constants of the skeleton, never sent, averaged or stacked.
@@ -102,6 +106,8 @@ class ClientTask:
     model: nn.Module
     plugins: tuple[Plugin, ...]
     optimizer: Optimizer
+    precision: str = "full"
+    compile: bool = False
     trainable: tuple[str, ...] = field(init=False)
     private: frozenset[str] = field(init=False)
     frozen: frozenset[str] = field(init=False)
@@ -135,18 +141,29 @@ class ClientTask:
         norms = (nn.modules.batchnorm._BatchNorm,)
         return 2 if any(isinstance(m, norms) and m.training for m in self.model.modules()) else 1
 
+    def autocast(self) -> AbstractContextManager:
+        """Around a forward pass of local training."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
     def begin(self, order: Order) -> None:
         self.model.train(order.task != "score")
         for plugin in self.plugins:
             plugin.begin(self.model, order)
 
     def objective(
-        self, output: Tensor | tuple[Tensor, Tensors], y: Tensor, params: Tensors, order: Order, memory: Tensors
+        self,
+        output: Tensor | tuple[Tensor, Tensors],
+        y: Tensor,
+        params: Tensors,
+        order: Order,
+        memory: Tensors,
+        cross_entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> tuple[Tensor, Tensor]:
         """(mean loss of the batch with every plug-in's term, number of correct predictions)."""
         logits, aux = output if isinstance(output, tuple) else (output, {})
+        logits = logits.float() if logits.dtype is torch.bfloat16 else logits
         # [B, C], or [B, T, C] of a language model
-        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        loss = cross_entropy(logits.flatten(0, -2), y.flatten())
         view = View(order, memory, aux=aux, labels=y)
         for plugin in self.plugins:
             loss = plugin.loss(loss, params, view)
@@ -171,7 +188,8 @@ def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     task.begin(order)
     model = task.model
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    stepping = stepper(task.plugins, task.optimizer, {n: named[n] for n in task.trainable})
+    params = {n: named[n] for n in task.trainable}
+    stepping = stepper(model, task.plugins, task.optimizer, params, fuse=task.precision != "bf16")
     plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     try:
         for position, (client, state) in enumerate(zip(block.clients, block.states)):
@@ -201,7 +219,9 @@ def _train_one(
     for step in range(steps):
         (x,), (y,) = fetch([client], plan[step], step)
         with torch.set_grad_enabled(order.task == "train"):
-            loss, right = task.objective(task.model(x), y, params, order, memory)
+            with task.autocast():
+                output = task.model(x)
+            loss, right = task.objective(output, y, params, order, memory)
         if order.task == "train":
             stepping.step(loss, replace(view, last=step + 1 == steps), step)
         loss_sum += loss.detach() * len(y)
@@ -209,7 +229,7 @@ def _train_one(
     with torch.no_grad():
         report, memory = task.finish(params, stepping.states, view)
     current = task.model.state_dict()
-    row = lambda tree: {n: v.detach().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
+    row = lambda tree: {n: v.detach().contiguous().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
     return Outcomes(
         clients=[client],
         shared=row({n: current[n] for n in order.returned}),

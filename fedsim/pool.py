@@ -27,7 +27,8 @@ class Pool(Protocol):
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         """Call ``worker.method(common, *call)`` for every call; yield (number of the call, result) as they end.
 
-        ``common`` is the same for all of them and travels once. A result may be a ``WorkerLost``.
+        ``common`` is the same for all of them and travels once; the first of ``call`` is a sequence of clients or of
+        evaluation jobs. A result may be a ``WorkerLost``.
         """
         ...
 

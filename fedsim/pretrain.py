@@ -24,7 +24,7 @@ def pretrain(task: ClientTask, examples: Examples, indices: np.ndarray, training
     Raises:
         ConfigError: training diverged.
     """
-    plain = ClientTask(task.model, (), task.optimizer)
+    plain = ClientTask(task.model, (), task.optimizer, task.precision)
     plan = batch_plan(
         indices[None],
         [SERVER],

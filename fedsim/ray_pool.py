@@ -30,6 +30,7 @@ from fedsim.ray_session import Session, current
 from fedsim.worker import Worker, WorkerSpec
 
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
+GRACE = 10.0  # seconds beyond the limits of a call's clients or models: to send the call, gather, send the result
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
@@ -61,6 +62,7 @@ class _Running:
     actor: int
     number: int
     tries: int
+    limit: float
     deadline: float
 
 
@@ -71,8 +73,9 @@ class RayPool:
         gpus: GPUs (or a fraction of one) for each actor.
         address: of a running cluster; empty starts one on this machine, which ``close`` ends again.
         retries: how often a call is repeated after its actor died or took too long.
-        limit: seconds that a call of ``train`` may take, the start of its actor not counted; 0: any time. One that
-            takes longer has its actor killed and replaced, and is repeated after the other calls.
+        limit: seconds for each item (client, evaluation job) of the sequence that is the first input of a call; 0: any
+            time. A call that takes longer than its items together and ``GRACE``, the start of its actor not counted,
+            has its actor killed and replaced, and is repeated after the other calls.
 
     Raises:
         ConfigError: the cluster cannot be reached, or has not the CPUs or GPUs asked for.
@@ -144,22 +147,22 @@ class RayPool:
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         shared, self.retried = ray.put(common), []
-        limit = self.limit if method == "train" and self.limit else math.inf
         waiting = deque((number, 0) for number in range(len(calls)))
         idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
         running: dict[Any, _Running] = {}  # by reference
-        ready: dict[int, Any] = {}  # number -> its arguments, in the object store: one more for every actor
+        ready: dict[int, Any] = {}  # by number: one call more for every actor
         while waiting or running:
             while waiting and idle:
                 (number, tries), actor = waiting.popleft(), idle.pop(0)
-                call = ready.pop(number) if number in ready else ray.put(calls[number])
+                call, size = ready.pop(number) if number in ready else _put(calls[number])
+                limit = self.limit * size + GRACE if self.limit else math.inf
                 reference = self.actors[actor].call.remote(method, shared, call)
-                running[reference] = _Running(actor, number, tries, time.monotonic() + limit)
+                running[reference] = _Running(actor, number, tries, limit, time.monotonic() + limit)
             left = min((r.deadline for r in running.values()), default=math.inf) - time.monotonic()
             timeout = None if left == math.inf else max(left, 0.0)
             following = next((n for n, _ in itertools.islice(waiting, len(self.actors)) if n not in ready), None)
             if following is not None:  # reading it hides behind the training of the others
-                ready[following], timeout = ray.put(calls[following]), 0.0
+                ready[following], timeout = _put(calls[following]), 0.0
             for reference in ray.wait([*running, *self.starting], num_returns=1, timeout=timeout)[0]:
                 if reference in self.starting:
                     came = self._started(reference)
@@ -186,16 +189,21 @@ class RayPool:
                 del running[reference]
                 self._replace(run.actor)
                 if run.tries < self.retries:
-                    self.retried.append((run.number, f"no result within {limit:g} s"))
+                    self.retried.append((run.number, f"no result within {run.limit:g} s"))
                     waiting.append((run.number, run.tries + 1))
                 else:
-                    yield run.number, WorkerLost(f"no result within {limit:g} s, {run.tries + 1} times", "time")
+                    yield run.number, WorkerLost(f"no result within {run.limit:g} s, {run.tries + 1} times", "time")
 
     def close(self) -> None:
         for actor in getattr(self, "actors", []):
             ray.kill(actor)
         if self.own:
             self.own.close()
+
+
+def _put(call: tuple) -> tuple[Any, int]:
+    """A call's arguments in the object store, and how many clients or models they are."""
+    return ray.put(call), len(call[0])
 
 
 def _line(error: Exception) -> str:

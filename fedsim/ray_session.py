@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from ray._private.parameter import RayParams
 from ray.exceptions import RayError
 
 from fedsim.errors import ConfigError, FedsimError
+from fedsim.watchdog import Watchdog
 
 logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM to the main thread
 
@@ -53,7 +55,9 @@ class Session:
         self.error = ""
         self._up, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, args=(workers,), name="ray", daemon=True)
+        self._watchdog: Watchdog | None = None
         if not address:
+            self._watchdog = Watchdog()
             self._thread.start()
             return
         try:
@@ -68,9 +72,11 @@ class Session:
 
     def _keep(self, workers: int) -> None:
         # Linux ends Ray's processes with the thread that started them, so this one stays as long as they are needed.
-        head = None
+        head, watchdog = None, self._watchdog
+        assert watchdog is not None
         try:
-            head = _Head(workers)
+            with watchdog.marking():
+                head = _Head(workers)
             _join(head.gcs_address)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
@@ -98,10 +104,26 @@ class Session:
         self._over.set()
         if started_here:
             self._thread.join()
+        if self._watchdog is not None:
+            self._watchdog.close()
 
 
 def _join(address: str) -> None:
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    with _signals_kept():
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray sets a handler of SIGTERM that exits with 15; what the signal does is the caller's to say."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():  # nobody else may, nor does Ray then
+            signal.signal(signal.SIGTERM, before)
 
 
 def _answers(address: str) -> None:

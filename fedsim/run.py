@@ -21,7 +21,7 @@ from fedsim.build import Plan, federation_of, plan, policy_of
 from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.config import Config, load_config
 from fedsim.engine import Federation
-from fedsim.errors import ConfigError, DataError, FedsimError
+from fedsim.errors import ConfigError, DataError, FedsimError, StorageError
 from fedsim.examples import Examples
 from fedsim.flops import forward_flops, masked_flops
 from fedsim.guard import Offenders
@@ -73,6 +73,7 @@ def numerics(planned: Plan) -> dict[str, Any]:
         **weights_of(config),  # a frozen backbone is in no checkpoint: a resumed run reads it from the file again
         "executor": config.simulation.executor,
         "block": config.simulation.block,
+        "compile": config.simulation.compile,
         "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -97,8 +98,10 @@ def run(config: Config, out: Path, *, debug: bool = False) -> dict[str, Any]:
     try:
         writer.write_config(planned.config)
         running = _Run(planned, writer, debug=debug)
-    except BaseException:
+    except BaseException as error:
         writer.discard()
+        if isinstance(error, StorageError):
+            raise StorageError(error.path, error.reason, "make room there and run it again") from None
         raise
     return running.go(None)
 
@@ -139,7 +142,6 @@ def drive(federation: Federation, planned: Plan, writer: RunWriter, *, debug: bo
 
 class _Run:
     def __init__(self, planned: Plan, writer: RunWriter, *, debug: bool, federation: Federation | None = None):
-        self.federation = federation
         self.plan, self.config, self.writer = planned, planned.config, writer
         self.strategy = planned.strategy
         self.store = ClientStore(writer.path / "clients.sqlite")
@@ -154,9 +156,10 @@ class _Run:
         self.progress = Progress(self.config.name, self.config.rounds)
         x, _ = Examples(planned.dataset, dtype=getattr(torch, self.config.training.dtype)).batch("train", np.array([0]))
         self.forward_flops = forward_flops(planned.task.model, x[0])
+        self.federation = federation or federation_of(planned, self.store, debug=debug)
 
     def go(self, snapshot: Snapshot | None, *, resumed: bool = False) -> dict[str, Any]:
-        federation = self.federation or federation_of(self.plan, self.store, debug=self.debug)
+        federation = self.federation
         try:
             with self.progress, _signals(self):
                 first, state = self._begin(federation, snapshot, resumed)
@@ -165,9 +168,10 @@ class _Run:
                     done = round >= self.config.rounds
                     if round >= 1 and (done or round % self.config.evaluation.every == 0):
                         self._evaluate(federation, round, state)
-                    if done or self.stop or (round >= 1 and round % self.config.checkpoint.every == 0):
+                    stop = self.stop and not done  # looked at once: it may be asked for at any moment
+                    if done or stop or (round >= 1 and round % self.config.checkpoint.every == 0):
                         self._checkpoint(federation, round, state)
-                    if self.stop and not done:
+                    if stop:
                         self.writer.event("interrupted", round=round)
                         where = self.writer.path
                         raise Interrupted(f"stopped after round {round}; continue with 'fedsim resume {where}'")
@@ -189,7 +193,7 @@ class _Run:
             return first, self.strategy.init(federation.shared)
         self.totals = Totals(**snapshot.record["totals"])
         self.best, self.latest = snapshot.record["best"], snapshot.record["latest"]
-        self.left_out = snapshot.record["left_out"]
+        self.left_out, self.empty = snapshot.record["left_out"], snapshot.record["empty"]
         self.offenders.refused = {int(client): count for client, count in snapshot.record["refused"].items()}
         self.started -= self.totals.seconds
         self.store.rewind(snapshot.round)
@@ -334,6 +338,7 @@ class _Run:
             "latest": self.latest,
             "left_out": self.left_out,
             "refused": self.offenders.refused,
+            "empty": self.empty,
             "numerics": numerics(self.plan),
         }
         self.checkpoints.save(Snapshot(round, state, record))

@@ -8,7 +8,7 @@ any Flower Grid.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, ClassVar
 
@@ -54,7 +54,6 @@ class Replies:
     partials: Sequence[Partial] = ()
     weighting: str = "examples"
     population: int = 0
-    _cache: dict[str, Partial] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.singles)
@@ -67,16 +66,13 @@ class Replies:
         """|S| / N, the part of the federation that replied."""
         return len(self) / max(self.population, len(self))
 
-    def _total(self) -> Partial:
-        if "total" not in self._cache:
-            folded = lambda r: {n: v for n, v in r.report.items() if n.startswith(FOLDED)}  # noqa: E731
-            parts = self.partials or [Partial.of({**r.shared, **folded(r)}, self.weight(r)) for r in self.singles]
-            self._cache["total"] = merge(parts) if len(parts) != 1 else parts[0]  # which is only read
-        return self._cache["total"]
+    def _parts(self) -> Sequence[Partial]:
+        folded = lambda r: {n: v for n, v in r.report.items() if n.startswith(FOLDED)}  # noqa: E731
+        return self.partials or [Partial.of({**r.shared, **folded(r)}, self.weight(r)) for r in self.singles]
 
     def mean(self, like: Tensors) -> Tensors:
         """sum_k p_k theta_k / sum_k p_k of the names and in the dtypes of ``like``."""
-        return mean(self._total(), like)
+        return mean(self._parts(), like)
 
     def folded(self, like: Tensors) -> Tensors:
         """What one client's reports under ``FOLDED`` look like: names and shapes, in the dtypes of ``like``."""
@@ -87,7 +83,7 @@ class Replies:
     def mean_folded(self, name: str, like: Tensors) -> Tensors:
         """The weighted mean of what clients reported under ``FOLDED + name``, by the names and dtypes of ``like``."""
         prefix = FOLDED + name
-        total = mean(self._total(), {prefix + n: v for n, v in like.items()})
+        total = mean(self._parts(), {prefix + n: v for n, v in like.items()})
         return {n.removeprefix(prefix): v for n, v in total.items()}
 
     def mean_report(self, name: str) -> Tensors:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from fedsim.vectorized import run_vmap, score_stacked, stacks_models
 
 Executor = Callable[[ClientTask, Order, Block, float, Fetch], Iterator[Outcomes]]
 EXECUTORS: dict[str, Executor] = {"loop": run_loop, "vmap": run_vmap}
+# Convolutions and pooling want the channels of a pixel side by side; vmap folds clients into them and gains nothing.
+LAYOUTS = {"loop": torch.channels_last, "vmap": torch.contiguous_format}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class WorkerSpec:
     device: str = "cpu"
     debug: bool = False
     max_update_norm: float = 0.0  # see fedsim.guard.Policy
+    time_limit: float = 0.0  # seconds a client may train, looked at before each of its steps; 0: any time
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Failure:
 
     Attributes:
         stage: ``train`` (its training failed), ``worker`` (so did the worker it ran on), ``reply`` (none came from a
-            real client), ``time`` (its block took too long) or ``update`` (the guard does not believe what came).
+            real client), ``time`` (it or its block took too long) or ``update`` (the guard does not believe what came).
         trace: where it was raised, if it was.
     """
 
@@ -114,6 +118,10 @@ class Score:
     examples: int
 
 
+class OutOfTime(Exception):
+    """Clients have trained for longer than they may."""
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; torch's allocator for the CPU raises a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
@@ -127,8 +135,11 @@ class Worker:
         self.task = copy.deepcopy(spec.task)
         self.spec = spec
         self.device = torch.device(spec.device)
-        self.task.model.to(self.device)
-        self.examples = Examples(spec.dataset, self.device, getattr(torch, spec.training.dtype))
+        if self.device.type == "cuda":  # torch by itself lets convolutions use tf32, and products not
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.task.precision == "tf32"
+        layout = LAYOUTS[spec.executor]
+        self.task.model.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.examples = Examples(spec.dataset, self.device, getattr(torch, spec.training.dtype), layout)
 
     def examples_of(self, order: Order, client: int) -> np.ndarray:
         """What a client looks at for an order: its shard, or for tasks without training a development set, the share
@@ -188,8 +199,20 @@ class Worker:
         # One client that fails must not end the others: the loop is given them one at a time.
         parts = [block] if spec.executor == "vmap" else [block.take([p]) for p in range(len(block))]
         for part in parts if block.clients else []:
-            self._attempt(order, part, float(lr), fetch, result)
+            self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
         return result
+
+    def _timed(self, fetch: Fetch, clients: int) -> Fetch:
+        """The same until the time of so many clients is up, which begins now: every step begins with its examples."""
+        limit, started = self.spec.time_limit * clients, time.monotonic()
+
+        def timed(*what: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            if time.monotonic() - started > limit:
+                whose = "" if clients == 1 else f", for {clients} clients at once"
+                raise OutOfTime(f"still training after {limit:g} s{whose}")
+            return fetch(*what)
+
+        return timed if limit else fetch
 
     def _block(self, order: Order, clients: Sequence[int], states: Sequence[ClientState], result: BlockResult) -> Block:
         plans, idle = [], set[int]()
@@ -215,6 +238,9 @@ class Worker:
         try:
             for outcomes in EXECUTORS[self.spec.executor](self.task, order, block, lr, fetch):
                 self._accept(order, outcomes, result)
+            return
+        except OutOfTime as error:
+            result.failures += [Failure(client, "time", str(error)) for client in block.clients]
             return
         except Exception as error:
             if self.spec.debug and not (out_of_memory(error) and len(block) > 1):
@@ -269,14 +295,9 @@ class Worker:
         clients = [outcomes.clients[row] for row in rows]
         offsets, chosen = self.spec.shards.offsets, np.asarray(clients)
         examples = [self._count(order, size) for size in (offsets[chosen + 1] - offsets[chosen]).tolist()]
-        single: Tensors = {}
-        if order.fold:
-            folded = {n: v for n, v in report.items() if n.startswith(FOLDED)}
-            report = {n: v for n, v in report.items() if n not in folded}
-            weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
-            self._fold(result, {n: v.cpu() for n, v in (shared | folded).items()}, weights)
-        else:
-            single = {n: v.cpu() for n, v in shared.items()}
+        folded = {n: v for n, v in report.items() if n.startswith(FOLDED)} if order.fold else {}
+        report = {n: v for n, v in report.items() if n not in folded}
+        shared = {n: v.cpu() for n, v in shared.items()}
         seen = [max(outcomes.seen[row], 1) for row in rows]
         per_example = lambda sums: [total / n for total, n in zip(sums[rows].tolist(), seen)]  # noqa: E731
         metrics = {
@@ -285,11 +306,18 @@ class Worker:
             "seen": [float(outcomes.seen[row]) for row in rows],
         }
         keep = lambda tree: {n: v.clone() for n, v in tree.items()}  # noqa: E731 (the loop's tensors are its own)
-        result.replies.append(ReplyColumns(clients, examples, keep(single), keep(report), metrics))
+        columns = ReplyColumns(clients, examples, keep({} if order.fold else shared), keep(report), metrics)
+        states = {}
         if order.task != "score" and (private or memory):
             private, memory = ({n: v.cpu() for n, v in tree.items()} for tree in (private, memory))
             one = lambda tree, k: {n: v[k].clone() for n, v in tree.items()}  # noqa: E731
-            result.states |= {c: ClientState(one(private, k), one(memory, k)) for k, c in enumerate(clients)}
+            states = {c: ClientState(one(private, k), one(memory, k)) for k, c in enumerate(clients)}
+        # Last of what may fail for want of memory: clients that are tried again must not be in the sum already.
+        if order.fold:
+            weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
+            self._fold(result, shared | folded, weights)
+        result.replies.append(columns)
+        result.states |= states
 
     @staticmethod
     def _fold(result: BlockResult, tensors: Tensors, weights: list[float]) -> None:

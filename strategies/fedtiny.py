@@ -39,7 +39,7 @@ from fedsim.registry import Part, preset, register
 from fedsim.strategy import SERVER, Replies, Strategy
 from fedsim.types import Order, Tensors
 from strategies import masks as m
-from strategies.pruned import MASK, Pruned, prunable_of, pruning_part
+from strategies.pruned import MASK, Pruned, pruning_part
 
 DENSE, STATISTICS = SERVER + "dense.", SERVER + "statistics."  # held during the selection only
 CHOSEN, LOSS, ADJUSTED = SERVER + "candidate", SERVER + "candidate-loss", SERVER + "adjustments"
@@ -229,12 +229,11 @@ def fedtiny(
             " dev-fraction above 0 and at most 1"
         )
 
-    def server(base: Strategy | None, task: ClientTask) -> Strategy:
-        assert base is not None
+    def server(base: Strategy, task: ClientTask, names: Sequence[str]) -> FedTiny:
         statistics = [n for n, kind in task.kinds.items() if kind == "stats"]
         return FedTiny(
             base,
-            names=prunable_of(task),
+            names=names,
             density=density,
             statistics=[n for n in statistics if n not in task.private],
             private_statistics=any(n in task.private for n in statistics),

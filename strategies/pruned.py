@@ -76,9 +76,12 @@ def prunable_of(task: ClientTask) -> tuple[str, ...]:
 
 
 def pruning_part(
-    density: float, server: Callable[[Strategy | None, ClientTask], Strategy], *, needs_examples: bool = False
+    density: float, server: Callable[[Strategy, ClientTask, Sequence[str]], Pruned], *, needs_examples: bool = False
 ) -> Part:
     """Both halves of a pruning method, refused where there is nothing to prune.
+
+    Args:
+        server: (the strategy to wrap, the task, the weights to prune) -> the server half.
 
     Raises:
         ConfigError: the density is no share.
@@ -100,4 +103,8 @@ def pruning_part(
             return "scores weights on examples of the server's own; set federation.public-per-class, for example to 5"
         return None
 
-    return Part((MaskedTraining(),), server, check)
+    def wrapped(base: Strategy | None, task: ClientTask) -> Strategy:
+        assert base is not None, "a rule comes first"
+        return server(base, task, prunable_of(task))
+
+    return Part((MaskedTraining(),), wrapped, check)

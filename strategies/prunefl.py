@@ -14,7 +14,7 @@ gradients; grow a random sample of the union. In its own paper each client train
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -28,7 +28,7 @@ from fedsim.strategy import Replies, Strategy
 from fedsim.types import Order, Tensors
 from strategies import masks as m
 from strategies.fedtiny import amount
-from strategies.pruned import MASK, Pruned, prunable_of, pruning_part
+from strategies.pruned import MASK, Pruned, pruning_part
 
 
 class Adjusted(Pruned):
@@ -104,11 +104,10 @@ def _register(name: str, summary: str, kind: type[Adjusted]) -> None:
         adjust_until: int = 100,
         adjust_rate: float = 0.3,
     ) -> Part:
-        def server(base: Strategy | None, task: ClientTask) -> Strategy:
-            assert base is not None
+        def server(base: Strategy, task: ClientTask, names: Sequence[str]) -> Adjusted:
             return kind(
                 base,
-                names=prunable_of(task),
+                names=names,
                 density=density,
                 every=adjust_every,
                 until=adjust_until,

@@ -27,7 +27,7 @@ from fedsim.registry import Part, preset, register
 from fedsim.strategy import Strategy
 from fedsim.types import Tensors
 from strategies import masks as m
-from strategies.pruned import Pruned, prunable_of, pruning_part
+from strategies.pruned import Pruned, pruning_part
 
 STEPS = 5
 
@@ -82,15 +82,9 @@ class StaticPruning(Pruned):
 def _register(name: str, summary: str) -> None:
     @register("pruning", name)
     def part(config: Config, *, density: float = 0.05) -> Part:
-        def server(base: Strategy | None, task: ClientTask) -> Strategy:
-            assert base is not None
+        def server(base: Strategy, task: ClientTask, names: Sequence[str]) -> StaticPruning:
             return StaticPruning(
-                base,
-                names=prunable_of(task),
-                density=density,
-                criterion=name,
-                skeleton=task.model,
-                seed=config.seed,
+                base, names=names, density=density, criterion=name, skeleton=task.model, seed=config.seed
             )
 
         return pruning_part(density, server, needs_examples=name == "snip")

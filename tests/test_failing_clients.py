@@ -4,6 +4,7 @@ is tried in halves with the same block sum. Workers that die or hang: tests/test
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,10 @@ import pytest
 import torch
 
 from fedsim.checkpoint import state_sha256
-from fedsim.errors import ConfigError
 from fedsim.examples import Examples
 from fedsim.local import run_loop
-from fedsim.types import Order
-from fedsim.worker import EXECUTORS
+from fedsim.types import Order, ReplyColumns
+from fedsim.worker import EXECUTORS, LAYOUTS
 from tests.conftest import Small, shards_of, small_config
 from tests.test_guard import events, run
 from tests.test_hostile import five
@@ -88,6 +88,7 @@ def test_out_of_memory_halves_the_width_and_keeps_the_sum_of_the_block(dataset, 
     simulation = {"executor": "loop", "block": 5}
     expected = Small(dataset, five(dataset), algorithm=algorithm, simulation=simulation).run(2)
     tried = limited(monkeypatch, 2, run_loop)
+    monkeypatch.setitem(LAYOUTS, "vmap", LAYOUTS["loop"])
     small = Small(dataset, five(dataset), algorithm=algorithm, simulation={"executor": "vmap", "block": 5})
     assert state_sha256(small.run(2)) == state_sha256(expected)
     assert tried == [5, 3, 2, 1, 2] * 2
@@ -105,6 +106,26 @@ def test_vmap_in_halves_agrees_with_vmap_at_once(dataset, monkeypatch, error):
     limited(monkeypatch, 3, error=error)
     for name, value in Small(dataset, five(dataset), simulation=simulation).run(2).items():
         torch.testing.assert_close(value, at_once[name], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_after_training_puts_nobody_into_the_sum_twice(dataset, monkeypatch):
+    simulation, columns = {"executor": "vmap", "block": 5}, ReplyColumns
+
+    def scarce(clients, *rest):
+        if len(clients) > 2:
+            raise MemoryError("no")
+        return columns(clients, *rest)
+
+    expected = Small(dataset, five(dataset), simulation=simulation)
+    small = Small(dataset, five(dataset), simulation=simulation)
+    order = Order(1, small.federation.shared, fold=True)
+    (whole,) = expected.federation.train(order, range(5)).partials
+    monkeypatch.setattr("fedsim.worker.ReplyColumns", scarce)
+    (found,) = small.federation.train(order, range(5)).partials
+    assert [what for what, _ in small.federation.events] == ["narrowed", "narrowed"]
+    assert found.weight == whole.weight
+    for name, value in found.sums().items():
+        torch.testing.assert_close(value, whole.sums()[name], rtol=1e-4, atol=1e-3)
 
 
 def test_a_client_that_alone_is_too_much_is_given_up(dataset, monkeypatch):
@@ -159,7 +180,7 @@ def test_a_time_limit_that_nobody_keeps_ends_a_run_with_the_cause(dataset, tmp_p
     from fedsim.errors import FedsimError
 
     simulation = {"workers": 2, "time-limit": 0.001, "retries": 0}
-    with pytest.raises(FedsimError, match=r"no usable update in 3 rounds in a row: no result within 0.001 s, 1 times"):
+    with pytest.raises(FedsimError, match=r"no usable update in 3 rounds in a row: still training after 0.001 s"):
         run(dataset, tmp_path / "r", small_config(rounds=5, simulation=simulation))
     found = events(tmp_path / "r", "rejected")
     assert [(e["round"], e["client"], e["stage"]) for e in found] == [
@@ -168,9 +189,51 @@ def test_a_time_limit_that_nobody_keeps_ends_a_run_with_the_cause(dataset, tmp_p
     assert json.loads((tmp_path / "r" / "events.jsonl").read_text().splitlines()[-1])["event"] == "void"
 
 
-def test_a_time_limit_needs_workers():
-    with pytest.raises(ConfigError, match="time-limit needs workers"):
-        small_config(simulation={"workers": 0, "time-limit": 5.0})
+def slow(monkeypatch, client: int, seconds: float) -> None:
+    """The examples of a client's first step take so long."""
+    original = Examples.fetcher
+
+    def fetcher(self, seed, round, augment):
+        fetch = original(self, seed, round, augment)
+
+        def late(clients, indices, step):
+            if client in clients and step == 0:
+                time.sleep(seconds)
+            return fetch(clients, indices, step)
+
+        return late
+
+    monkeypatch.setattr(Examples, "fetcher", fetcher)
+
+
+def test_a_client_out_of_time_is_left_out_and_the_others_of_its_block_go_on(dataset, tmp_path, monkeypatch):
+    sections = {"rounds": 1, "simulation": {"block": 3}}
+    expected = run(dataset, tmp_path / "without", small_config(**sections), shards_of(dataset, (40, 33)))
+    slow(monkeypatch, 2, 1.1)
+    sections["simulation"]["time-limit"] = 1.0
+    found = run(dataset, tmp_path / "r", small_config(**sections))
+    (event,) = events(tmp_path / "r", "rejected")
+    assert (event["round"], event["client"], event["stage"]) == (1, 2, "time")
+    assert event["reason"] == "still training after 1 s"
+    assert found["left_out"] == {"time": 1}
+    assert found["refused_rounds"] == {}, "slowness is no offence"
+    assert found["state_sha256"] == expected["state_sha256"]
+
+
+def test_under_vmap_a_block_has_the_time_of_its_clients_together(dataset, tmp_path, monkeypatch):
+    slow(monkeypatch, 1, 2.1)
+    simulation = {"executor": "vmap", "block": 2, "time-limit": 1.0}
+    found = run(dataset, tmp_path / "r", small_config(rounds=1, simulation=simulation))
+    reasons = [(e["client"], e["stage"], e["reason"]) for e in events(tmp_path / "r", "rejected")]
+    assert reasons == [(c, "time", "still training after 2 s, for 2 clients at once") for c in (1, 2)]
+    assert not events(tmp_path / "r", "narrowed"), "fewer at once take no less time"
+    assert found["left_out"] == {"time": 2}
+
+
+def test_a_time_limit_that_nobody_reaches_changes_no_number(dataset):
+    limited = Small(dataset, simulation={"time-limit": 1000.0})
+    limited.federation.pool.worker.spec = replace(limited.spec, time_limit=1000.0)
+    assert state_sha256(limited.run(2)) == state_sha256(Small(dataset).run(2))
 
 
 def test_a_client_whose_loss_is_nan_is_named(dataset, monkeypatch):

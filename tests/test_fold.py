@@ -26,7 +26,7 @@ def fold(tensors, weights, block):
         for theta, weight in list(zip(tensors, weights))[start + 1 : start + block]:
             partial.add(theta, weight)
         partials.append(partial)
-    return mean(merge(partials), tensors[0])
+    return mean(partials, tensors[0])
 
 
 @settings(max_examples=30, deadline=None)
@@ -66,7 +66,7 @@ def test_what_is_not_alike_is_refused_and_leaves_the_sum(odd):
     partial = Partial.of({"w": torch.arange(3.0)}, 2.0)
     with pytest.raises(ValueError, match="other names or shapes"):
         partial.add(odd, 1.0)
-    assert torch.equal(mean(merge([partial]), {"w": torch.zeros(3)})["w"], torch.arange(3.0))
+    assert torch.equal(mean([partial], {"w": torch.zeros(3)})["w"], torch.arange(3.0))
 
 
 def test_the_mean_of_equal_tensors_is_the_tensor_to_the_bit():
@@ -78,4 +78,4 @@ def test_a_block_of_one_has_the_bits_of_a_scaled_sum():
     tensors, weights = clients(5, 4)
     lazy = [Partial.of(dict(t), w) for t, w in zip(tensors, weights)]
     eager = [Partial({n: v.double() * w for n, v in t.items()}, w) for t, w in zip(tensors, weights)]
-    assert torch.equal(mean(merge(lazy), tensors[0])["w"], mean(merge(eager), tensors[0])["w"])
+    assert torch.equal(mean(lazy, tensors[0])["w"], mean([merge(eager)], tensors[0])["w"])

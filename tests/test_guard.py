@@ -123,6 +123,15 @@ def test_void_rounds_in_a_row_end_the_run_with_the_causes(dataset, tmp_path, mon
         run(dataset, tmp_path / "r", small_config(rounds=9, guard={"quorum": 1.0}))
 
 
+def test_a_resumed_run_goes_on_counting_void_rounds(dataset, tmp_path, monkeypatch):
+    hand_over(monkeypatch, 1, missing_a_tensor)
+    config = small_config(rounds=2, guard={"quorum": 1.0})
+    run(dataset, tmp_path / "r", config)
+    with pytest.raises(FedsimError, match="no usable update in 3 rounds in a row"):
+        run(dataset, tmp_path / "r", config.model_copy(update={"rounds": 9}))
+    assert [e["round"] for e in events(tmp_path / "r", "void")] == [1, 2, 3]
+
+
 def test_a_repeat_offender_is_set_aside_and_a_resumed_run_knows(dataset, tmp_path, monkeypatch):
     hand_over(monkeypatch, 1, missing_a_tensor)
     config = small_config(rounds=4, guard={"set-aside-after": 2}, checkpoint={"every": 1})

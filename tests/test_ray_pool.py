@@ -4,15 +4,19 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedsim.checkpoint import state_sha256
+from fedsim.config import load_config
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.plugin import Plugin
+from fedsim.run import run
 from fedsim.types import Order
 from tests.conftest import Small, shards_of
+from tests.faults.place import CONFIG, write_tree
 
 
 class SignalOnce(Plugin):
@@ -29,6 +33,16 @@ class SignalOnce(Plugin):
 
 def with_plugin(small: Small, plugin: Plugin) -> None:
     object.__setattr__(small.task, "plugins", (*small.task.plugins, plugin))
+
+
+def test_a_run_that_does_not_get_its_workers_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    write_tree(tmp_path / "tree", per_class=3)
+    (tmp_path / "c.toml").write_text(CONFIG.format(root=tmp_path / "tree", strategy="fedavg"))
+    config = load_config(tmp_path / "c.toml", ["simulation.workers=1", 'simulation.address="127.0.0.1:1"'])
+    with pytest.raises(ConfigError, match="no Ray cluster answers there"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +84,12 @@ def test_a_block_that_kills_every_worker_is_given_up(dataset, ray_session, tmp_p
     pool.close()
 
 
-def test_a_worker_that_hangs_is_replaced_and_the_block_repeated(dataset, ray_session, tmp_path):
+def test_a_worker_that_hangs_is_replaced_and_the_block_repeated(dataset, ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.ray_pool.GRACE", 3.0)
     expected = state_sha256(Small(dataset).run(1))
     small = Small(dataset)
     with_plugin(small, SignalOnce(tmp_path / "stopped", number=signal.SIGSTOP))
-    pool = pool_for(small, limit=6.0)
+    pool = pool_for(small, limit=3.0)
     assert state_sha256(small.run(1)) == expected
     ((what, details),) = small.federation.events
     assert (what, len(details["clients"]), details["reason"]) == ("retried", 1, "no result within 6 s")
@@ -82,6 +97,71 @@ def test_a_worker_that_hangs_is_replaced_and_the_block_repeated(dataset, ray_ses
         status = Path(f"/proc/{process}/status")
         with suppress(OSError):  # it is gone
             assert "stopped" not in status.read_text(), "nobody is left behind"
+    pool.close()
+
+
+class Slow(Plugin):
+    """A client of so many steps takes a second for each."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def update(self, grads, state, params, view):
+        if view.steps == self.steps:
+            time.sleep(1)
+        return grads, state
+
+
+def test_a_client_out_of_time_is_left_out_and_the_others_of_its_block_go_on(dataset, ray_session):
+    shards, simulation = shards_of(dataset, (40, 16, 24)), {"block": 3}
+    without = Small(dataset, shards, simulation=simulation)
+    replies = without.federation.train(order := Order(1, without.federation.shared, fold=True), [1, 2])
+    small = Small(dataset, shards, simulation=simulation)
+    with_plugin(small, Slow(5))  # steps of the first: 40 examples in batches of 8
+    small.spec = replace(small.spec, time_limit=2.5)
+    pool = pool_for(small, limit=2.5)
+    found = small.federation.train(order, [0, 1, 2])
+    (failure,) = small.federation.failures
+    assert (failure.client, failure.stage, failure.reason) == (0, "time", "still training after 2.5 s")
+    assert [r.client for r in found.singles] == [1, 2]
+    assert small.federation.retried == 0
+    assert state_sha256(found.mean(order.shared)) == state_sha256(replies.mean(order.shared))
+    pool.close()
+
+
+class Stopped:
+    """A forward hook that stops a worker as it scores, the first time or every time."""
+
+    def __init__(self, marker: Path, always: bool = False):
+        self.marker, self.always, self.parent = marker, always, os.getpid()
+
+    def __call__(self, model, inputs):
+        if not model.training and os.getpid() != self.parent and (self.always or not self.marker.exists()):
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_scoring_that_hangs_is_repeated(dataset, ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.ray_pool.GRACE", 4.0)
+    expected = Small(dataset).federation
+    small = Small(dataset)
+    small.task.model.register_forward_pre_hook(Stopped(tmp_path / "stopped"))
+    pool = pool_for(small, limit=1.0)
+    shared = small.federation.shared
+    assert small.federation.evaluate(shared) == expected.evaluate(shared)
+    assert [reason for _, reason in pool.retried] == ["no result within 5 s"]
+    pool.close()
+
+
+@pytest.mark.slow
+def test_scoring_that_hangs_every_time_ends_with_a_message(dataset, ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.ray_pool.GRACE", 2.0)
+    small = Small(dataset)
+    small.task.model.register_forward_pre_hook(Stopped(tmp_path / "stopped", always=True))
+    pool = pool_for(small, retries=1, limit=1.0)
+    with pytest.raises(FedsimError, match=r"no result within 3 s, 2 times; raise simulation\.time-limit"):
+        small.federation.evaluate(small.federation.shared)
     pool.close()
 
 
@@ -98,14 +178,15 @@ class Sleepy(Plugin):
 
 
 @pytest.mark.slow
-def test_a_block_that_hangs_every_time_is_given_up_and_the_others_count(dataset, ray_session):
+def test_a_block_that_hangs_every_time_is_given_up_and_the_others_count(dataset, ray_session, monkeypatch):
+    monkeypatch.setattr("fedsim.ray_pool.GRACE", 1.0)
     small = Small(dataset, shards_of(dataset, (40, 16)), simulation={"block": 1})
     with_plugin(small, Sleepy(5))  # steps of the first: 40 examples in batches of 8
     pool = pool_for(small, retries=1, limit=1.0)
     replies = small.federation.train(Order(1, small.federation.shared), [0, 1])
     assert [r.client for r in replies.singles] == [1]
     (failure,) = small.federation.failures
-    assert (failure.client, failure.stage, failure.reason) == (0, "time", "no result within 1 s, 2 times")
+    assert (failure.client, failure.stage, failure.reason) == (0, "time", "no result within 2 s, 2 times")
     assert small.federation.retried == 1
     again = small.federation.train(Order(1, small.federation.shared), [1])
     assert len(again) == 1, "the workers are as good as new"

@@ -11,44 +11,16 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = """
-name = "bars"
-rounds = 6
-[federation]
-dataset = "folder"
-root = "{root}"
-image-size = 12
-[training]
-batch-size = 8
-lr = 0.05
-[algorithm]
-strategy = "{strategy}"
-[simulation]
-workers = 0
-[evaluation]
-every = 2
-[checkpoint]
-every = 1
-"""
+from tests.faults.place import CONFIG, write_tree
+
 KEYS = """strategy model dataset seed rounds clients accuracy mean_accuracy worst_accuracy examples_seen bytes_up
 bytes_down train_flops seconds peak_rss_bytes state_sha256 rejected_updates retried_clients executor workers block"""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A folder <root>/<domain>/<class>/*.png of bars."""
-    import numpy as np
-    from PIL import Image
-
-    root, draw = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
-    for number, domain in enumerate(("photo", "sketch")):
-        for label in range(3):
-            folder = root / domain / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(12):
-                image = draw.normal(80 + 60 * number, 15, (12, 12, 3))
-                image[:, label * 4 : label * 4 + 4] += 60
-                Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    root = tmp_path_factory.mktemp("tree") / "root"
+    write_tree(root, per_class=12)
     return root
 
 
@@ -56,7 +28,8 @@ def tree(tmp_path_factory) -> Path:
 def config(tree, tmp_path):
     def write(strategy: str = "fedbn") -> Path:
         path = tmp_path / f"{strategy}.toml"
-        path.write_text(CONFIG.format(root=tree, strategy=strategy))
+        text = CONFIG.format(root=tree, strategy=strategy).replace("rounds = 3", "rounds = 6")
+        path.write_text(text + "[evaluation]\nevery = 2\n")
         return path
 
     return write

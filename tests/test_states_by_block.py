@@ -11,7 +11,7 @@ from fedsim.store import ClientStore
 from fedsim.types import ClientState
 from tests.conftest import Small
 
-CLIENTS, BLOCK = 24, 4
+CLIENTS, BLOCK = 24, 3  # eight blocks
 
 
 def federated(dataset, store: ClientStore, **sections) -> Small:
@@ -51,9 +51,9 @@ def test_a_block_reads_the_states_of_its_clients_alone(dataset):
     order = small.strategy.orders(2, small.strategy.init(small.federation.shared))[0]
     results = small.federation._results(order, range(CLIENTS))
     next(results)
-    assert reads == [0, 1, 2, 3]
+    assert reads == [*range(BLOCK)]
     next(results)
-    assert reads == [*range(8)]
+    assert reads == [*range(2 * BLOCK)]
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 1])

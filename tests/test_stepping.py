@@ -1,18 +1,24 @@
 """Stepping inside backward has the bits of stepping after it, and keeps one gradient alive at a time."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import fedsim.local
 from clients.learning_rate import HypergradientRate
+from clients.normalization import LocalNormalization
+from clients.proximal import Proximal
 from clients.pruning import MaskedTraining
 from fedsim.checkpoint import state_sha256
 from fedsim.optim import SGD
 from fedsim.plugin import Plugin
-from fedsim.stepping import InBackward, WholeGradients, stepper
+from fedsim.stepping import FusedLinear, InBackward, WholeGradients, stepper
+from fedsim.types import Order, View
 from tests.conftest import Small
 
 
@@ -27,7 +33,7 @@ from tests.conftest import Small
 def test_both_ways_have_the_same_bits(dataset, strategy, training, monkeypatch):
     hashes = set()
     for way in (WholeGradients, InBackward):
-        monkeypatch.setattr(fedsim.local, "stepper", way)
+        monkeypatch.setattr(fedsim.local, "stepper", lambda model, *of, fuse, way=way: way(*of))
         hashes.add(state_sha256(Small(dataset, algorithm={"strategy": strategy}, training=training).run(2)))
     assert len(hashes) == 1
 
@@ -58,10 +64,64 @@ def test_pruning_keeps_one_gradient_alive(dataset):
 
 
 def test_a_plugin_that_compares_gradients_gets_them_together():
-    params = {"w": torch.nn.Parameter(torch.ones(2))}
-    assert type(stepper((MaskedTraining(), HypergradientRate()), SGD(), params)) is WholeGradients
-    assert type(stepper((MaskedTraining(),), SGD(), params)) is InBackward
-    assert type(stepper((), SGD(), params)) is WholeGradients
+    model = nn.Linear(2, 1)
+    params = dict(model.named_parameters())
+    assert type(stepper(model, (MaskedTraining(), HypergradientRate()), SGD(), params)) is WholeGradients
+    assert type(stepper(model, (MaskedTraining(),), SGD(), params)) is InBackward
+    assert type(stepper(model, (), SGD(), params)) is WholeGradients
+
+
+class Twice(nn.Module):
+    """Big linear layers used once, twice, over a sequence, and in vain."""
+
+    def __init__(self):
+        super().__init__()
+        self.once, self.tied = nn.Linear(256, 256), nn.Linear(256, 256, bias=False)
+        self.vain = nn.Linear(256, 256)
+        self.norm, self.small = nn.LayerNorm(256), nn.Linear(256, 4)
+
+    def forward(self, x):
+        x = self.tied(torch.relu(self.tied(torch.relu(self.once(x)))))
+        self.vain(x)
+        unused = self.tied(x)  # noqa: F841
+        return self.small(self.norm(x)).mean(1)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_fused_layers_step_as_torch_does(weight_decay):
+    torch.manual_seed(0)
+    model = Twice().double()
+    oracle = copy.deepcopy(model)
+    params = dict(model.named_parameters())
+    ours = stepper(model, (), SGD(weight_decay=weight_decay), params)
+    assert type(ours) is FusedLinear
+    theirs = torch.optim.SGD(oracle.parameters(), lr=0.1, weight_decay=weight_decay)
+    order = Order(round=1, task="train", shared={}, scalars={})
+    ours.start(View(order, {}, 0.1, 3.0))
+    x, y = torch.randn(8, 3, 256, dtype=torch.float64), torch.randint(0, 4, (8,))
+    for step in range(3):
+        theirs.zero_grad()
+        F.cross_entropy(oracle(x), y).backward()
+        for p in oracle.parameters():  # torch leaves out what has no gradient, fedsim decays it too
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        theirs.step()
+        ours.step(F.cross_entropy(model(x), y), View(order, {}, 0.1, 3.0), step)
+    ours.close()
+    for name, value in oracle.named_parameters():
+        torch.testing.assert_close(params[name], value, rtol=1e-12, atol=1e-12, msg=name)
+    assert "forward" not in vars(model.once)
+
+
+def test_layers_are_fused_only_where_nobody_asks_for_gradients():
+    model = Twice()
+    params = dict(model.named_parameters())
+    assert FusedLinear.layers(model, (LocalNormalization(),), SGD(), params) == [model.once, model.tied, model.vain]
+    assert FusedLinear.layers(model, (), SGD(momentum=0.9), params) == []
+    assert FusedLinear.layers(model, (Proximal(0.1),), SGD(), params) == []
+    head = {n: p for n, p in params.items() if n.startswith("vain")}
+    assert FusedLinear.layers(model, (), SGD(), head) == [model.vain]
+    model.once.weight = model.tied.weight
+    assert FusedLinear.layers(model, (), SGD(), dict(model.named_parameters())) == [model.vain]
 
 
 class Breaks(Plugin):

@@ -25,6 +25,7 @@ class Contender:
     environment: a virtual environment of ``build.sh``, or "" for the one of this interpreter.
     models: that it can train.
     private: it can keep normalization layers on the client.
+    exact: it rounds as float32 does, so that its final loss proves its work; else the loss is shown and not judged.
     variables: of the process's environment.
     """
 
@@ -33,6 +34,7 @@ class Contender:
     environment: str = ""
     models: tuple[str, ...] = ("logistic", *CNNS)
     private: bool = False
+    exact: bool = True
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def able(self, workload: Workload) -> bool:
@@ -57,6 +59,7 @@ CONTENDERS = {
     "fedsim-alone": Contender("fedsim_.py", ("--workers", "0"), private=True),
     "fedsim-loop": Contender("fedsim_.py", ("--executor", "loop"), private=True),
     "fedsim-vmap": Contender("fedsim_.py", ("--executor", "vmap"), private=True),
+    "fedsim-bf16": Contender("fedsim_.py", ("--precision", "bf16"), models=CNNS, private=True, exact=False),
     "plain-1": Contender("plain.py", ("--threads", "1"), private=True),
     "plain-2": Contender("plain.py", ("--threads", "2"), private=True),
     "processes": Contender("two_processes.py", private=True),

@@ -21,7 +21,7 @@ from fedsim.deployment.jobs import JOB, LOCAL, Job, end_of, sequence
 from fedsim.deployment.link import Incomplete, Link
 from fedsim.deployment.members import Member
 from fedsim.deployment.wire import pack, unpack
-from fedsim.engine import Federation
+from fedsim.engine import Federation, cut
 from fedsim.errors import FedsimError
 from fedsim.flower import METRICS, order_content, read_reply
 from fedsim.fold import Partial
@@ -30,7 +30,7 @@ from fedsim.pool import InProcess
 from fedsim.store import ClientStore
 from fedsim.strategy import Replies
 from fedsim.types import FOLDED, Order, Reply, Tensors
-from fedsim.worker import Failure, Score, WorkerSpec
+from fedsim.worker import Failure, Score
 
 log = getLogger("fedsim")
 PAUSE = 0.02  # seconds at most between two looks at what arrived
@@ -161,7 +161,6 @@ class RemoteFederation(Federation):
 
     def __init__(
         self,
-        spec: WorkerSpec,
         planned: Plan,
         link: Link,
         members: dict[int, Member],
@@ -170,6 +169,7 @@ class RemoteFederation(Federation):
         patience: Patience,
         oldest: Callable[[], int],
     ):
+        spec = planned.spec
         super().__init__(
             spec,
             InProcess(spec),
@@ -250,9 +250,9 @@ class RemoteFederation(Federation):
         if not order.fold:
             return Replies(singles, [], order.weighting, len(self))
         partials = []
-        for start in range(0, len(clients), self.block):
+        for block in cut(clients, self.block):
             partial: Partial | None = None
-            for client in clients[start : start + self.block]:
+            for client in block:
                 if client not in believed:
                     continue
                 reply = believed[client]

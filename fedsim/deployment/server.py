@@ -30,7 +30,6 @@ from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.registry import resolve
 from fedsim.run import drive
 from fedsim.rundir import RunWriter
-from fedsim.worker import WorkerSpec
 
 log = getLogger("fedsim")
 FAREWELL = 40.0  # seconds; a client tries again after at most 30
@@ -87,24 +86,12 @@ def _run_name(path: Path) -> str:
 
 
 def _remote(planned: Plan, roster: Roster, checkpoints: Checkpoints) -> RemoteFederation:
-    config = planned.config
-    spec = WorkerSpec(
-        planned.task,
-        planned.dataset,
-        planned.shards,
-        config.training,
-        config.seed,
-        config.rounds,
-        modes=planned.modes,
-        debug=False,
-    )
     before = -planned.strategy.setup_rounds
 
     def oldest() -> int:
         return min(checkpoints.rounds(), default=before)
 
     return RemoteFederation(
-        spec,
         planned,
         roster.link,
         roster.members,

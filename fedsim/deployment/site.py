@@ -18,7 +18,7 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.guard import refuse
 from fedsim.store import ClientStore
 from fedsim.types import ClientState, Order, Reply, Tensors
-from fedsim.worker import EvaluationJob, Score, Worker, WorkerSpec
+from fedsim.worker import EvaluationJob, Score, Worker
 
 TASKS = ("train", "statistics", "score")
 UNFOLDED = 64  # models' worth of memory that an order may take
@@ -150,19 +150,7 @@ class Site:
         dataset = self._dataset(config)
         shards, validation = own_shard(config, dataset, self.domain, job.client)
         self.plan = plan(config, (dataset, shards, validation))
-        config = self.plan.config
-        self.worker = Worker(
-            WorkerSpec(
-                self.plan.task,
-                dataset,
-                shards,
-                config.training,
-                config.seed,
-                config.rounds,
-                evaluation_batch=config.evaluation.batch_size,
-                modes=self.plan.modes,
-            )
-        )
+        self.worker = Worker(self.plan.spec)
         self.initial, self.private = self.plan.task.initial()
         if self.store is not None:
             self.store.close()

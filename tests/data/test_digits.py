@@ -1,5 +1,7 @@
 """Guarantees of the digits suite."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,24 @@ def test_crops_of_train_and_test_share_no_pixel(monkeypatch, kind):
         for split, values in seen.items():
             values.update(crop(np.random.default_rng(i), kind, split, 48, (0.4, 1.0)).ravel().tolist())
     assert max(seen["train"]) < REGIONS["train"][1] * 240 <= REGIONS["test"][0] * 240 - 1 <= min(seen["test"])
+
+
+def test_every_face_has_the_notice_of_its_makers_and_the_text_of_its_licence():
+    lines = (PACK / "licenses" / "NOTICES.tsv").read_text().splitlines()[1:]
+    notices = {tuple(line.split("\t")[:3]): line.split("\t")[3] for line in lines}
+    with zipfile.ZipFile(PACK / "digit_fonts.zip") as archive:
+        manifest = archive.read("MANIFEST.tsv").decode().splitlines()
+    assert [*notices] == [tuple(line.split("\t")) for line in manifest]
+    assert all("opyright" in notice or "©" in notice for notice in notices.values())
+    texts = {
+        "Bitstream-Vera": "DejaVu",
+        "STIX": "STIX",
+        "Knuth/BaKoMa": "BaKoMa",
+        "OFL-1.1": "OFL-1.1",
+        "Ubuntu-font-1.0": "Ubuntu",
+    }
+    for licence in {licence for _, _, licence in notices} - {"Apache-2.0"}:  # the project's own
+        assert (PACK / "licenses" / f"{texts[licence]}.txt").stat().st_size > 1000
 
 
 def test_the_pack_is_whole():

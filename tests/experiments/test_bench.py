@@ -18,7 +18,7 @@ from experiments.bench.reporting import BenchError, Result, parse
 from experiments.bench.table import Run, markdown, summaries
 
 TINY = replace(workloads.TINY, name="small", clients=40, cohort=8)
-PRIVATE = replace(workloads.DOMAINS, clients=4, cohort=4, examples=6, batch=3, domains=2, data="prototypes", lr=0.05)
+PRIVATE = replace(workloads.DOMAINS, clients=4, cohort=4, examples=16, batch=16, domains=2, data="prototypes", lr=0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -698,14 +698,14 @@ case(
 case(DISK, "a read-only cache", RUN, "cache/folder-", "set FEDSIM_CACHE", *EMPTY_CACHE, **{**disk("cache"), "code": 1})
 case(DISK, "a cache on a full disk", RUN, "cache/folder-", "set FEDSIM_CACHE", **disk("cache", 16))
 case(
-    DISK, "a disk of 8 kB for the run", RUN, "out/clients.sqlite", "make room there; 'fedsim resume'", **disk("out", 8)
+    DISK, "a disk of 8 kB for the run", RUN, "out/clients.sqlite", "make room there and run it again", **disk("out", 8)
 )
 case(
     DISK,
     "a disk of 96 kB for the run",
     RUN,
     "out/metrics.sqlite",
-    "make room there; 'fedsim resume'",
+    "make room there and run it again",
     **disk("out", 96),
 )
 case(

@@ -141,3 +141,8 @@ def read_only(path: str) -> None:
     own_mounts()
     _mount(path, path, "none", MS_BIND)
     _mount("none", path, "none", MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+def make_room(path: str) -> None:
+    """Enlarge the disk that is there."""
+    _mount("none", path, "tmpfs", MS_REMOUNT, "size=64m")

@@ -10,6 +10,8 @@ import json
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsim.checkpoint import Checkpoints
 from tests.faults import mines
 from tests.faults.forked import forked
 from tests.faults.place import CONFIG, write_tree
@@ -110,3 +113,24 @@ def test_killed_at_random_moments(folder, tmp_path, strategy):
         begin_or_resume(config, run)
         assert figures(run) == whole, f"killed after {moment:.3f} of {seconds:.3f} s"
         shutil.rmtree(run)
+
+
+@pytest.mark.slow
+def test_killed_with_workers_of_ray(folder, tmp_path):
+    """Twice while two workers train, and resumed with them: it ends as an undisturbed run without Ray does."""
+    text = (folder / "fedbn.toml").read_text().replace("rounds = 3", "rounds = 40")
+    config, run = tmp_path / "c.toml", tmp_path / "run"
+    config.write_text(text)
+    done = forked(mines.plain_run, config, tmp_path / "whole")
+    assert done.code == 0, done.err
+    config.write_text(text.replace("workers = 0", "workers = 2"))
+    for words, round in ((["run", config, "--out", run], 5), (["resume", run], 20)):
+        command = [sys.executable, "-m", "fedsim.cli", *map(str, words)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while not any(r >= round for r in Checkpoints(run / "checkpoints").rounds()):
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.kill()
+    assert Checkpoints(run / "checkpoints").rounds()[-1] < 40
+    begin_or_resume(config, run)
+    assert figures(run) == figures(tmp_path / "whole")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedsim.watchdog import started
 from tests.faults import soak
 from tests.faults.place import CONFIG, write_tree
 
 ROUNDS = 400
-# Seconds that Ray's own processes may take to notice: after SIGKILL its dashboard agent looks for the dead cluster for
-# some more than a minute before it gives up.
-WAIT = 240.0
+WAIT = 15.0  # seconds until nothing remains; Ray's own agents alone would look for a dead cluster for minutes
 
 
 @pytest.mark.slow
@@ -42,49 +44,99 @@ def alive(processes: dict[int, str]) -> dict[int, str]:
     return {number: start for number, start in processes.items() if started(number) == start}
 
 
-def started(process: int) -> str:
-    """When a process began, which tells it from a later one of its number; "" if it is gone, or a mere zombie."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+def of_session(driver: int) -> dict[int, str]:
+    """{number: start time} of all whose arguments or open files name the folder of the Ray that ``driver`` started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            names = [(folder / "cmdline").read_text(errors="replace")]
+            names += [os.readlink(file) for file in (folder / "fd").iterdir()]
+        except OSError:  # it ended meanwhile, or a file of it was closed
+            continue
+        if any(re.search(rf"/session_[^/]*_{driver}/", name) for name in names) and (
+            start := started(int(folder.name))
+        ):
+            found[int(folder.name)] = start
+    return found
 
 
-LINGERS = pytest.mark.xfail(strict=False, reason="Ray's dashboard agent was seen to outlive a SIGKILL by minutes")
+def arguments(processes: Iterable[int]) -> dict[int, bytes]:
+    """Of those that are still there."""
+    found = {}
+    for number in processes:
+        with contextlib.suppress(OSError):
+            found[number] = Path(f"/proc/{number}/cmdline").read_bytes()[:200]
+    return found
+
+
+@contextlib.contextmanager
+def long_run(folder: Path) -> Iterator[subprocess.Popen]:
+    """``fedsim run`` of rounds without end on two workers; its output is in the folder."""
+    write_tree(folder / "tree")
+    text = CONFIG.format(root=folder / "tree", strategy="fedavg").replace("workers = 0", "workers = 2")
+    (folder / "c.toml").write_text(text.replace("rounds = 3", "rounds = 100000"))
+    command = [sys.executable, "-m", "fedsim.cli", "run", str(folder / "c.toml"), "--out", str(folder / "run")]
+    environment = {**os.environ, "FEDSIM_CACHE": str(folder / "cache")}
+    # Into a file: Ray's processes hold the streams too, and a pipe would be read until the last of them is gone.
+    with (
+        open(folder / "output", "w") as streams,
+        subprocess.Popen(command, stdout=streams, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def assert_nothing_remains(driver: int, family: dict[int, str]) -> None:
+    """Of the run's processes, and of those that its Ray started meanwhile."""
+    deadline = time.monotonic() + WAIT
+    while (left := {**alive(family), **of_session(driver)}) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    names = arguments(left)
+    for number in names:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    assert not left, f"these outlived the run: {names}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=LINGERS)])
-def test_no_process_of_ours_or_of_ray_remains(tmp_path, number):
-    write_tree(tmp_path / "tree")
-    text = CONFIG.format(root=tmp_path / "tree", strategy="fedavg")
-    (tmp_path / "c.toml").write_text(
-        text.replace("workers = 0", "workers = 2").replace("rounds = 3", "rounds = 100000")
-    )
-    command = [sys.executable, "-m", "fedsim.cli", "run", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "FEDSIM_CACHE": str(tmp_path / "cache")}
-    output = tmp_path / "output"
-    # Into a file: Ray's processes hold the streams too, and a pipe would be read until the last of them is gone.
-    with (
-        open(output, "w") as streams,
-        subprocess.Popen(command, stdout=streams, stderr=subprocess.STDOUT, env=environment) as process,
-    ):
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGKILL], [signal.SIGINT] * 2])
+def test_no_process_of_ours_or_of_ray_remains(tmp_path, numbers):
+    with long_run(tmp_path) as process:
         deadline = time.monotonic() + 300
-        while not list((tmp_path / "run" / "checkpoints").glob("*.json")) and time.monotonic() < deadline:
-            assert process.poll() is None, output.read_text()
+        checkpoints, actors = tmp_path / "run" / "checkpoints", 0
+        while (actors < 2 or not list(checkpoints.glob("*.json"))) and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            actors = len(soak.ray_processes(process.pid, b"ray::_Actor"))
             time.sleep(0.2)
-        family = {number: started(number) for number in [process.pid, *soak.descendants(process.pid)]}
-        names = {n: Path(f"/proc/{n}/cmdline").read_bytes()[:120] for n in alive(family)}
-        assert len(soak.ray_processes(process.pid, b"ray::_Actor")) == 2
-        assert any(b"raylet" in name for name in names.values()), "Ray's own processes are among them"
+        assert actors == 2
+        family = {n: started(n) for n in [process.pid, *soak.descendants(process.pid)]}
+        # The folder's name finds all of them but the watchdog.
+        assert len(family.keys() - of_session(process.pid).keys()) == 1
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.01)  # two signals at once are one
+        process.wait(timeout=4 * WAIT)
+    assert process.returncode == (-signal.SIGKILL if signal.SIGKILL in numbers else 130)
+    assert_nothing_remains(process.pid, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("seen", [b"gcs_server", b"raylet/raylet", b"agent.py", b"ray::"])
+def test_nothing_remains_of_a_run_that_ends_while_ray_starts(tmp_path, seen, number):
+    """Ended as soon as a certain process of Ray is seen, before the first round."""
+    with long_run(tmp_path) as process:
+        names: dict[int, bytes] = {}
+        deadline = time.monotonic() + 120
+        while not any(seen in name for name in names.values()) and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            family = {n: started(n) for n in [process.pid, *soak.descendants(process.pid)]}
+            names = arguments(family)
         process.send_signal(number)
-        process.wait(timeout=WAIT)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    deadline = time.monotonic() + WAIT
-    while alive(family) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    left = {n: names.get(n) for n in alive(family)}
-    for process_number in left:
-        os.kill(process_number, signal.SIGKILL)
-    assert not left, "these outlived the run"
+        process.wait(timeout=4 * WAIT)
+    assert any(seen in name for name in names.values())
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    assert "Traceback" not in (tmp_path / "output").read_text()
+    assert_nothing_remains(process.pid, family)

@@ -41,24 +41,28 @@ def shards(workload: Workload, dataset: Dataset) -> Partition:
     return Partition(indices, offsets, domain, dataset.domains)
 
 
-def configuration(workload: Workload, rounds: int, executor: str, workers: int, block: int) -> Config:
+def configuration(
+    workload: Workload, rounds: int, executor: str, workers: int, block: int, precision: str = "full"
+) -> Config:
     return parse_config(
         {
             "rounds": rounds,
             "federation": {"clients-per-round": workload.cohort},
             "model": {"name": workload.model, "norm": "bn" if workload.model == "digits-cnn" else "none"},
-            "training": {"batch-size": workload.batch, "lr": workload.lr, "shuffle": False},
+            "training": {"batch-size": workload.batch, "lr": workload.lr, "shuffle": False, "precision": precision},
             "algorithm": {"strategy": "fedbn" if workload.private else "fedavg"},
             "simulation": {"executor": executor, "workers": workers, "block": block},
         }
     )
 
 
-def run(workload: Workload, rounds: int, executor: str = "auto", workers: int = 2, block: int = 0) -> Result:
-    """Args: executor, workers, block: the keys of fedsim's ``[simulation]``."""
+def run(
+    workload: Workload, rounds: int, executor: str = "auto", workers: int = 2, block: int = 0, precision: str = "full"
+) -> Result:
+    """Args: executor, workers, block: the keys of fedsim's ``[simulation]``; precision: of its ``[training]``."""
     begin = time.perf_counter()
     data = dataset(workload)
-    config = configuration(workload, rounds, executor, workers, block)
+    config = configuration(workload, rounds, executor, workers, block, precision)
     prepared = plan(config, (data, shards(workload, data), None))
     neutral = dict(build_model(workload).named_parameters())
     theirs = dict(prepared.task.model.named_parameters())
@@ -99,6 +103,8 @@ if __name__ == "__main__":
     parser.add_argument("--executor", default="auto", choices=("auto", "loop", "vmap"), help="(default: auto)")
     parser.add_argument("--workers", type=int, default=2, help="Ray actors; 0: this process, no Ray (default: 2)")
     parser.add_argument("--block", type=int, default=0, help="clients a block; 0: fedsim's own rule (default: 0)")
+    parser.add_argument("--precision", default="full", choices=("full", "bf16"), help="(default: full)")
     chosen = parser.parse_args()
-    outcome = run(workload(chosen.workload), chosen.rounds, chosen.executor, chosen.workers, chosen.block)
+    options = (chosen.executor, chosen.workers, chosen.block, chosen.precision)
+    outcome = run(workload(chosen.workload), chosen.rounds, *options)
     print(outcome.line())
