@@ -17,6 +17,7 @@ from fedsim.engine import Federation, block_size
 from fedsim.errors import ConfigError
 from fedsim.evaluation import Mode, modes_of
 from fedsim.examples import Examples
+from fedsim.flops import forward_flops
 from fedsim.guard import Policy
 from fedsim.local import ClientTask
 from fedsim.models import build_model
@@ -87,17 +88,27 @@ def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[i
         return task
 
 
-def choose_executor(task: ClientTask, device: str) -> str:
-    """The executor of ``auto``: a function of the model and the device alone, so that it is the same tomorrow.
+STEP_FLOPS = 10_000_000  # of a batch's forward pass: beyond, a step is work and not overhead
+TENSOR_SIZE = 20_000  # parameters of a tensor, in the mean: beyond, stacking them is memory traffic and nothing else
 
-    vmap pays where a step is all overhead: models without convolutions on a CPU (grouped convolutions are slow there),
-    anything up to some millions of parameters on a GPU.
+
+def choose_executor(task: ClientTask, example: torch.Tensor, batch_size: int, device: str) -> str:
+    """The executor of ``auto``: a function of model, batch and device alone, so that it is the same tomorrow.
+
+    On a CPU vmap pays where a step of the loop is overhead, which grows with the number of tensors. The two bounds
+    divide the table of ``experiments/bench/README.md`` where vmap takes half the loop's time: a round may be one block
+    of vmap's, on one worker, while the loop has enough blocks for two. On a GPU it pays up to some millions of
+    parameters.
+
+    Args:
+        example: one, without batch dimension.
     """
-    size = sum(p.numel() for p in task.model.parameters())
-    convolutional = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in task.model.modules())
+    sizes = [p.numel() for p in task.model.parameters()]
     if device != "cpu":
-        return "vmap" if size <= 5_000_000 else "loop"
-    return "vmap" if not convolutional and size <= 1_000_000 else "loop"
+        return "vmap" if sum(sizes) <= 5_000_000 else "loop"
+    if sum(sizes) > TENSOR_SIZE * len(sizes):
+        return "loop"
+    return "vmap" if forward_flops(task.model, example)[""] * batch_size <= STEP_FLOPS else "loop"
 
 
 Data = tuple[Dataset, Partition, Partition | None]  # examples, training shards, held-out shards
@@ -155,7 +166,8 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     asked = config.simulation.executor
     if reason := _imprecise(config.training, device):
         raise ConfigError(f"training.precision = '{config.training.precision}': {reason}")
-    executor = choose_executor(task, device) if asked == "auto" else asked
+    example = examples.batch("train", np.array([0]))[0][0]
+    executor = choose_executor(task, example, config.training.batch_size, device) if asked == "auto" else asked
     if config.simulation.compile and (reason := _uncompiled(executor, device)):
         raise ConfigError(f"simulation.compile = true: {reason}")
     model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())

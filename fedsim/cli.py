@@ -178,7 +178,7 @@ def doctor() -> None:
 
 @functools.cache
 def _mount() -> None:
-    from fedsim.data.cli import app as data
+    from fedsim.data_cli import app as data
     from fedsim.deployment.cli import client, keys, server
     from fedsim.results.cli import plot, table
 
@@ -196,7 +196,10 @@ def main() -> None:
     started = time.time()
     try:
         _mount()
-        sys.exit(app(standalone_mode=False, prog_name="fedsim"))
+        code = app(standalone_mode=False, prog_name="fedsim")
+        if code == 130:  # typer's word for an interrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,14 @@ from fedsim.store import ClientStore
 from fedsim.strategy import Replies, Rows
 from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
-from fedsim.worker import BlockResult, EvaluationJob, Failure, Score, WorkerSpec
+from fedsim.vectorized import stacks_models
+from fedsim.worker import BlockResult, EvaluationJob, Failure, Narrowed, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
 LARGE_MODEL = 1 << 24  # bytes
 WINDOW = 2048  # evaluations under way at a time
+STACK = 32  # models scored at once under vmap
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
@@ -81,6 +83,7 @@ class Federation:
         self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
         self.shared, self.private = spec.task.initial()
         self.policy, self.needs = policy, needs
+        self.stacks = spec.executor == "vmap" and stacks_models(spec.task)
         self.failures: list[Failure] = []
         self.void: str | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -127,42 +130,51 @@ class Federation:
         is worth a line in the run's events: of this order alone. If too few updates can be used, ``self.void`` says so,
         and the clients keep the private state they had.
         """
-        results = self._results(order, clients)
-        replies = Rows([columns for result in results for columns in result.replies])
+        columns, partials = [], []
+        for result in self._results(order, clients):
+            columns += result.replies
+            partials += [] if result.partial is None else [result.partial]
+        replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:
-            self._keep(order, results)
-        partials = [result.partial for result in results if result.partial is not None]
+            self.store.accept()
+        else:
+            self.store.discard()
         return Replies(replies, partials, order.weighting, len(self))
 
     def train_blocks(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         """The results in block order; the clients' new private states are stored."""
-        results = self._results(order, clients)
-        self._keep(order, results)
+        results = list(self._results(order, clients))
+        self.store.accept()
         return results
 
-    def _keep(self, order: Order, results: Sequence[BlockResult]) -> None:
-        for result in results:
-            for client, state in result.states.items():
-                self.store.put(client, order.round, state)
-
-    def _results(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
-        blocks = cut(sorted(clients), self.block)
-        calls = [(block, self.states(block)) for block in blocks]
-        results: list[BlockResult] = [BlockResult() for _ in blocks]
+    def _results(self, order: Order, clients: Sequence[int]) -> Iterator[BlockResult]:
+        """Results in block order, as soon as they and all before them are there; the new states are staged."""
+        self.store.discard()
+        calls = _Calls(sorted(clients), self.block, self.states)
         self.failures, self.dropped = [], 0
-        for number, result in self.pool.map("train", order, calls):
+        narrowed: list[Narrowed] = []
+        early: dict[int, BlockResult] = {}
+        arrivals, following = self.pool.map("train", order, calls), 0
+        for number, result in arrivals:
             if isinstance(result, WorkerLost):
-                lost = [Failure(c, result.stage, str(result)) for c in blocks[number]]
+                lost = [Failure(c, result.stage, str(result)) for c in calls.clients(number)]
                 result = BlockResult(failures=lost)
-            results[number] = result
-        self.retried = sum(len(blocks[number]) for number, _ in self.pool.retried)
-        self.events = [("retried", {"clients": blocks[number], "reason": why}) for number, why in self.pool.retried]
-        for result in results:
-            self.events += [("narrowed", {"clients": [*n.clients], "reason": n.reason}) for n in result.narrowed]
-            self.dropped += result.dropped
-            self.failures += result.failures
-        return results
+            for client, state in result.states.items():
+                self.store.stage(client, order.round, state)
+            result.states = {}
+            early[number] = result
+            while following in early:
+                result = early.pop(following)
+                following += 1
+                narrowed += result.narrowed
+                self.dropped += result.dropped
+                self.failures += result.failures
+                yield result
+        repeated = [(calls.clients(number), why) for number, why in self.pool.retried]
+        self.retried = sum(len(block) for block, _ in repeated)
+        self.events = [("retried", {"clients": block, "reason": why}) for block, why in repeated]
+        self.events += [("narrowed", {"clients": [*n.clients], "reason": n.reason}) for n in narrowed]
 
     def evaluate(self, shared: Tensors, split: str = "test") -> list[Score]:
         """Every distinct (model, domain) once.
@@ -202,15 +214,25 @@ class Federation:
         scores = []
         # A window at a time: each job carries a client's private tensors, which are in memory only so long.
         while jobs := list(itertools.islice(every, WINDOW)):
-            chunks = [jobs[i : i + 1] for i in range(len(jobs))] if len(jobs) < 64 else _chunks(jobs, 64)
-            results: list[list[Score]] = [[] for _ in chunks]
-            for number, result in self.pool.map("evaluate", shared, [(chunk,) for chunk in chunks]):
+            chunks = self._chunks(jobs)
+            found: dict[int, Score] = {}
+            for number, result in self.pool.map("evaluate", shared, [([jobs[i] for i in c],) for c in chunks]):
                 if isinstance(result, WorkerLost):
                     mend = "; raise simulation.time-limit, or set it to 0" if result.stage == "time" else ""
                     raise FedsimError(f"evaluation failed: {result}{mend}")
-                results[number] = result
-            scores += [score for result in results for score in result]
+                found |= zip(chunks[number], result)
+            scores += [found[i] for i in range(len(jobs))]
         return scores
+
+    def _chunks(self, jobs: Sequence[EvaluationJob]) -> list[list[int]]:
+        """Positions of the jobs that go to a worker together: by the configuration, never by the number of workers."""
+        if self.stacks:
+            alike: dict[tuple[str, str], list[int]] = {}
+            for position, job in enumerate(jobs):
+                alike.setdefault((job.domain, job.mode), []).append(position)
+            return [g[i : i + STACK] for g in alike.values() for i in range(0, len(g), STACK)]
+        size = math.ceil(len(jobs) / 64)
+        return [list(range(i, min(i + size, len(jobs)))) for i in range(0, len(jobs), size)]
 
     def _jobs(self, split: str, every_client: bool = False) -> Iterator[EvaluationJob]:
         dataset, shards = self.spec.dataset, self.spec.shards
@@ -254,6 +276,19 @@ class Federation:
         return [self.spec.dataset.domains[d] for d in present]
 
 
-def _chunks(jobs: list[EvaluationJob], count: int) -> list[list[EvaluationJob]]:
-    size = math.ceil(len(jobs) / count)
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
+    """The arguments of every block's training. States are read when a pool asks for a block's, so that those of a few
+    blocks are in memory at a time and reading them hides behind training."""
+
+    def __init__(self, clients: Sequence[int], block: int, states: Callable[[Sequence[int]], list[ClientState]]):
+        self.blocks = cut(clients, block)
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def clients(self, number: int) -> list[int]:
+        return self.blocks[number]
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.blocks[number], self.states(self.blocks[number])

@@ -1,4 +1,4 @@
-"""Persistent Ray actors. The only module that imports Ray.
+"""Persistent Ray actors. With ``fedsim.ray_session`` the only module that imports Ray.
 
 The worker's specification and a round's order are put into the object store once; tensors cross as numpy arrays,
 which Ray maps into the actors without a copy. An actor that dies or hangs is replaced and its call repeated: a block is
@@ -8,12 +8,10 @@ a pure function of its arguments, so the repetition has the same bits.
 from __future__ import annotations
 
 import contextlib
-import logging
+import itertools
 import math
 import os
 import signal
-import socket
-import threading
 import time
 import warnings
 from collections import deque
@@ -21,17 +19,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep CUDA_VISIBLE_DEVICES as it is
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.pool import WorkerLost
-from fedsim.processes import ALLOCATOR
-from fedsim.watchdog import Watchdog
+from fedsim.processes import keep_memory
+from fedsim.ray_session import Session, current
 from fedsim.worker import Worker, WorkerSpec
 
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
@@ -48,67 +43,9 @@ def _register_tensors() -> None:
     ray.util.register_serializer(torch.Tensor, serializer=lambda t: t.detach().cpu().numpy(), deserializer=_from_numpy)
 
 
-def _answers(address: str) -> None:
-    """Raise OSError unless something listens at HOST:PORT: Ray itself would try for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def _start(workers: int, address: str) -> Watchdog | None:
-    """Join the cluster at ``address``; without one start Ray here, under a watchdog."""
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
-    watchdog = None if address else Watchdog()
-    try:
-        _answers(address)
-        with watchdog.marking() if watchdog else contextlib.nullcontext(), _signals_kept():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except BaseException as error:
-        _stop(watchdog)
-        if not isinstance(error, OSError | OverflowError | ValueError | RayError):
-            raise
-        raise ConfigError(
-            f"simulation.address = '{address}': no Ray cluster answers there ({error}); expected HOST:PORT of one"
-            " ('ray start --head' says which), or no address to start one here"
-        ) from None
-    return watchdog
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray sets a handler of SIGTERM that exits with 15; what the signal does is the caller's to say."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():  # nobody else may, nor does Ray then
-            signal.signal(signal.SIGTERM, before)
-
-
-def _stop(watchdog: Watchdog | None) -> None:
-    ray.shutdown()
-    if watchdog is not None:
-        watchdog.close()
-
-
-@contextlib.contextmanager
-def session(workers: int, address: str = "") -> Iterator[None]:
-    """Keep one Ray for several pools.
-
-    Raises:
-        ConfigError: no cluster answers at ``address``.
-    """
-    watchdog = _start(workers, address)
-    try:
-        yield
-    finally:
-        _stop(watchdog)
-
-
 class _Actor:
     def __init__(self, spec: WorkerSpec):
+        keep_memory()
         _register_tensors()
         self.worker = Worker(spec)
 
@@ -156,8 +93,10 @@ class RayPool:
     ):
         self.retries, self.limit = retries, limit
         self.retried: list[tuple[int, str]] = []
-        self.owns = not ray.is_initialized()
-        self.watchdog = _start(workers, address) if self.owns else None
+        # Ray that others keep going, or one of this pool's own
+        self.own = None if current() or ray.is_initialized() else Session(workers, address)
+        if ours := self.own or current():
+            ours.wait()
         have = ray.cluster_resources()
         if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
             self.close()
@@ -167,7 +106,7 @@ class RayPool:
             )
         _register_tensors()
         self.spec = ray.put(spec)
-        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": ALLOCATOR})(_Actor)
+        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
         self.actors: list[Any] = [None] * workers
         self.processes: list[tuple[str, int]] = [("", 0)] * workers
         self.starting: dict[Any, int] = {}  # reference -> actor
@@ -211,14 +150,19 @@ class RayPool:
         waiting = deque((number, 0) for number in range(len(calls)))
         idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
         running: dict[Any, _Running] = {}  # by reference
+        ready: dict[int, Any] = {}  # by number: one call more for every actor
         while waiting or running:
             while waiting and idle:
                 (number, tries), actor = waiting.popleft(), idle.pop(0)
-                reference = self.actors[actor].call.remote(method, shared, calls[number])
-                limit = self.limit * len(calls[number][0]) + GRACE if self.limit else math.inf
+                call, size = ready.pop(number) if number in ready else _put(calls[number])
+                limit = self.limit * size + GRACE if self.limit else math.inf
+                reference = self.actors[actor].call.remote(method, shared, call)
                 running[reference] = _Running(actor, number, tries, limit, time.monotonic() + limit)
             left = min((r.deadline for r in running.values()), default=math.inf) - time.monotonic()
             timeout = None if left == math.inf else max(left, 0.0)
+            following = next((n for n, _ in itertools.islice(waiting, len(self.actors)) if n not in ready), None)
+            if following is not None:  # reading it hides behind the training of the others
+                ready[following], timeout = _put(calls[following]), 0.0
             for reference in ray.wait([*running, *self.starting], num_returns=1, timeout=timeout)[0]:
                 if reference in self.starting:
                     came = self._started(reference)
@@ -253,8 +197,13 @@ class RayPool:
     def close(self) -> None:
         for actor in getattr(self, "actors", []):
             ray.kill(actor)
-        if self.owns and ray.is_initialized():
-            _stop(self.watchdog)
+        if self.own:
+            self.own.close()
+
+
+def _put(call: tuple) -> tuple[Any, int]:
+    """A call's arguments in the object store, and how many clients or models they are."""
+    return ray.put(call), len(call[0])
 
 
 def _line(error: Exception) -> str:

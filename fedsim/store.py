@@ -8,6 +8,7 @@ safetensors. A client without a row was never trained: it starts from the initia
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -20,20 +21,27 @@ PRIVATE, MEMORY = "p/", "m/"
 
 
 class ClientStore:
-    """Args: path: the file, or None for a store that lives and dies with this process."""
+    """Args:
+    path: the file, or None for a store that lives and dies with this process.
+    budget: bytes of the states in memory, of those kept and of those staged.
+    """
 
     def __init__(self, path: Path | None = None, budget: int = 1 << 30):
         self.path = path
         self.db = open_database(
             path,
             "CREATE TABLE IF NOT EXISTS states (client INTEGER, round INTEGER, sha256 BLOB, data BLOB,"
-            " PRIMARY KEY (client, round)) WITHOUT ROWID",
+            " PRIMARY KEY (client, round)) WITHOUT ROWID;"
+            "CREATE TABLE IF NOT EXISTS staged (client INTEGER PRIMARY KEY, round INTEGER, sha256 BLOB, data BLOB);"
+            "DELETE FROM staged",
             "private states",
         )
         self.budget = budget
         self.recent: dict[int, tuple[int, ClientState]] = {}
         self.dirty: set[int] = set()
         self.bytes = 0
+        self.staged: dict[int, tuple[int, ClientState]] = {}
+        self.staged_bytes, self.spilled = 0, False
         self.empty = self.db.execute("SELECT 1 FROM states LIMIT 1").fetchone() is None
 
     def get(self, client: int) -> ClientState | None:
@@ -60,6 +68,40 @@ class ClientStore:
         tensors = load(data)
         return ClientState(_unnumbered(PRIVATE, tensors), _unnumbered(MEMORY, tensors))
 
+    def stage(self, client: int, round: int, state: ClientState) -> None:
+        """Take a new state that ``get`` does not see before ``accept``; many of them wait on disk."""
+        if not state.private and not state.memory:
+            return
+        # A copy: what comes from a worker is part of a larger message, which would stay in memory with it.
+        state = ClientState(*({n: v.clone() for n, v in t.items()} for t in (state.private, state.memory)))
+        self.staged[client] = (round, state)
+        self.staged_bytes += _size(state)
+        if self.staged_bytes > self.budget:
+            with transaction(self.db, self.path):
+                self.db.executemany("INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?)", _rows(self.staged))
+            self.staged, self.staged_bytes, self.spilled = {}, 0, True
+
+    def accept(self) -> None:
+        """Make what was staged the newest states."""
+        if self.spilled:
+            with transaction(self.db, self.path):
+                self.db.execute("INSERT OR REPLACE INTO states SELECT client, round, sha256, data FROM staged")
+            for (client,) in self.db.execute("SELECT client FROM staged").fetchall():
+                self.bytes -= _size(self.recent.pop(client)[1]) if client in self.recent else 0
+                self.dirty.discard(client)
+            self.empty = False
+        staged = self.staged
+        self.discard()
+        for client, (round, state) in staged.items():
+            self.put(client, round, state)
+
+    def discard(self) -> None:
+        """Forget what was staged."""
+        if self.spilled:
+            with transaction(self.db, self.path):
+                self.db.execute("DELETE FROM staged")
+        self.staged, self.staged_bytes, self.spilled = {}, 0, False
+
     def put(self, client: int, round: int, state: ClientState) -> None:
         if not state.private and not state.memory:
             return
@@ -81,11 +123,8 @@ class ClientStore:
         if not self.dirty:
             return
         with transaction(self.db, self.path):
-            for client in sorted(self.dirty):
-                round, state = self.recent[client]
-                data = save({**_numbered(PRIVATE, state.private), **_numbered(MEMORY, state.memory)})
-                row = (client, round, hashlib.sha256(data).digest(), data)
-                self.db.execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", row)
+            changed = {client: self.recent[client] for client in sorted(self.dirty)}
+            self.db.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", _rows(changed))
         self.dirty.clear()
 
     def rewind(self, round: int) -> None:
@@ -116,6 +155,12 @@ def _numbered(prefix: str, tensors: Tensors) -> Tensors:
 
 def _unnumbered(prefix: str, tensors: Tensors) -> Tensors:
     return {n[len(prefix) + 7 :]: tensors[n] for n in sorted(tensors) if n.startswith(prefix)}
+
+
+def _rows(states: Mapping[int, tuple[int, ClientState]]) -> Iterator[tuple[int, int, bytes, bytes]]:
+    for client, (round, state) in states.items():
+        data = save({**_numbered(PRIVATE, state.private), **_numbered(MEMORY, state.memory)})
+        yield client, round, hashlib.sha256(data).digest(), data
 
 
 def _size(state: ClientState) -> int:

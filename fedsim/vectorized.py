@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.nn import functional as F
 
-from fedsim.local import Block, ClientTask, Fetch, Outcomes
+from fedsim.local import Block, ClientTask, Fetch, Outcomes, correct
 from fedsim.optim import Moments
 from fedsim.plugin import Plugin
 from fedsim.stepping import project, transform
@@ -237,3 +238,37 @@ def _step(
             onto = lambda p, m: dict(project(task.plugins, p, View(order, m, lr)))  # noqa: E731
             stack.params = vmap(onto)(stack.params, stack.memory)
     return loss.detach(), right
+
+
+def stacks_models(task: ClientTask) -> bool:
+    """Whether scoring the clients' models at once is faster than one after the other.
+
+    On a CPU only if what is private comes after the last convolution: everything before it is then computed once for
+    all clients, while a stack of convolutions, or of normalizations between them, is slower than a loop over it.
+    """
+    if task.device.type != "cpu":
+        return bool(task.private)
+    conv = torch.nn.modules.conv._ConvNd
+    convolutions = tuple(f"{path}." for path, m in task.model.named_modules() if isinstance(m, conv))
+    names = list(task.model.state_dict())
+    last = max((i for i, n in enumerate(names) if n.startswith(convolutions)), default=-1) if convolutions else -1
+    return bool(task.private) and all(names.index(n) > last for n in task.private)
+
+
+def score_stacked(
+    task: ClientTask, shared: Tensors, private: Sequence[Tensors], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[list[float], list[float]]:
+    """K models that differ in ``private`` on the same batches: correct predictions [K] and summed loss [K]."""
+    stack, k = stacked(private), len(private)
+    hits, loss = torch.zeros(k, device=task.device), torch.zeros(k, dtype=torch.float64, device=task.device)
+    for x, y in batches:
+
+        def one(own: Tensors, x: Tensor = x, y: Tensor = y) -> tuple[Tensor, Tensor]:
+            output = functional_call(task.model, {**shared, **own}, (x,))
+            logits = output[0] if isinstance(output, tuple) else output
+            return correct(logits, y), F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+        right, mean = vmap(one)(stack)
+        hits += right
+        loss += mean.double() * len(y)
+    return hits.tolist(), loss.tolist()

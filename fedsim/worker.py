@@ -28,7 +28,7 @@ from fedsim.local import Block, ClientTask, Fetch, Outcomes, correct, run_loop
 from fedsim.optim import learning_rate
 from fedsim.random import generator
 from fedsim.types import FOLDED, ClientState, Order, ReplyColumns, Tensors
-from fedsim.vectorized import run_vmap
+from fedsim.vectorized import run_vmap, score_stacked, stacks_models
 
 Executor = Callable[[ClientTask, Order, Block, float, Fetch], Iterator[Outcomes]]
 EXECUTORS: dict[str, Executor] = {"loop": run_loop, "vmap": run_vmap}
@@ -333,24 +333,50 @@ class Worker:
 
     @torch.no_grad()
     def evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:
-        """Accuracy and loss in evaluation mode."""
+        """Accuracy and loss in evaluation mode. Under vmap, jobs that differ in private tensors alone are scored at
+        once where that is faster; the scores are the same up to rounding."""
+        shared = self._on_device(shared)
+        together: dict[str, list[int]] = {}  # by domain
+        scores: dict[int, Score] = {}
+        stacks = self.spec.executor == "vmap" and stacks_models(self.task)
+        for position, job in enumerate(jobs):
+            if stacks and job.client >= 0 and job.split == "test" and not job.mode:
+                together.setdefault(job.domain, []).append(position)
+            else:
+                scores[position] = self._score(shared, job)
+        for positions in together.values():
+            scores |= zip(positions, self._score_together(shared, [jobs[p] for p in positions]))
+        return [scores[position] for position in range(len(jobs))]
+
+    def _score(self, shared: Tensors, job: EvaluationJob) -> Score:
         model = self.task.model.eval()
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        scores = []
-        for job in jobs:
-            for name, value in {**shared, **job.private}.items():
-                named[name].copy_(value)
-            split = "train" if job.split == "validation" else "test"  # validation examples are held-out training ones
-            hits, loss = 0.0, 0.0
-            with self._predictor(job) as (predict, batches):
-                for indices in batches:
-                    x, y = self.examples.batch(split, indices)
-                    output = predict(x)
-                    logits = output[0] if isinstance(output, tuple) else output
-                    hits += float(correct(logits, y))
-                    loss += float(F.cross_entropy(logits.flatten(0, -2), y.flatten())) * len(y)
-            scores.append(Score(job.client, job.domain, job.split, hits, loss, len(job.indices)))
-        return scores
+        for name, value in {**shared, **job.private}.items():
+            named[name].copy_(value)
+        split = "train" if job.split == "validation" else "test"  # validation examples are held-out training ones
+        hits, loss = 0.0, 0.0
+        with self._predictor(job) as (predict, batches):
+            for indices in batches:
+                x, y = self.examples.batch(split, indices)
+                output = predict(x)
+                logits = output[0] if isinstance(output, tuple) else output
+                hits += float(correct(logits, y))
+                loss += float(F.cross_entropy(logits.flatten(0, -2), y.flatten())) * len(y)
+        return Score(job.client, job.domain, job.split, hits, loss, len(job.indices))
+
+    def _score_together(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:
+        """Jobs on the same examples; in halves if there is no memory for them at once."""
+        self.task.model.eval()
+        indices, size = jobs[0].indices, self.spec.evaluation_batch
+        batches = (self.examples.batch("test", indices[i : i + size]) for i in range(0, len(indices), size))
+        try:
+            hits, loss = score_stacked(self.task, shared, [self._on_device(job.private) for job in jobs], batches)
+        except Exception as error:
+            if len(jobs) == 1 or not out_of_memory(error):
+                raise
+            half = len(jobs) // 2
+            return self._score_together(shared, jobs[:half]) + self._score_together(shared, jobs[half:])
+        return [Score(j.client, j.domain, j.split, h, total, len(indices)) for j, h, total in zip(jobs, hits, loss)]
 
     @contextmanager
     def _predictor(self, job: EvaluationJob) -> Iterator[tuple[Predict, list[np.ndarray]]]:

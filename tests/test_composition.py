@@ -69,7 +69,7 @@ def test_every_combination_keeps_its_promises_and_vmap_agrees(dataset, base, pru
 
 @pytest.fixture(scope="module")
 def ray_session():
-    from fedsim.ray_pool import session
+    from fedsim.ray_session import session
 
     with session(2):
         yield

@@ -19,7 +19,7 @@ THREE = {name: {"byzantine": 0} for name in ("krum", "multi-krum", "bulyan")}  #
 
 @pytest.fixture(scope="module")
 def ray_session():
-    from fedsim.ray_pool import session
+    from fedsim.ray_session import session
 
     with session(3):
         yield

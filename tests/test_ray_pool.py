@@ -47,7 +47,7 @@ def test_a_run_that_does_not_get_its_workers_leaves_nothing(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def ray_session():
-    from fedsim.ray_pool import session
+    from fedsim.ray_session import session
 
     with session(2):
         yield
@@ -204,7 +204,7 @@ def test_workers_that_die_as_they_start_end_the_run_with_a_message(dataset, ray_
     object.__setattr__(small.spec, "dataset", Unborn())
     pool = pool_for(small, retries=1)
     with pytest.raises(FedsimError, match="2 workers in a row died as they started"):
-        list(pool.map("train", None, [()]))
+        list(pool.map("train", None, [([],)]))
     pool.close()
 
 

@@ -141,10 +141,10 @@ def test_a_run_directory_is_not_overwritten(config, tmp_path):
 def test_resume_refuses_other_numerics(config, tmp_path):
     fedsim("run", config(), "--out", tmp_path / "r")
     path = tmp_path / "r" / "config.toml"
-    path.write_text(path.read_text().replace('executor = "loop"', 'executor = "vmap"'))
+    path.write_text(path.read_text().replace('executor = "vmap"', 'executor = "loop"'))
     done = fedsim("resume", tmp_path / "r", check=False)
     assert done.returncode == 2
-    assert "executor was 'loop', is 'vmap'" in done.stderr
+    assert "executor was 'vmap', is 'loop'" in done.stderr
 
 
 def test_initial_weights_are_recorded_and_a_resumed_run_wants_the_same_file(config, tmp_path):

@@ -28,16 +28,16 @@ def run_all(
     Raises:
         ConfigError, DataError: see ``fedsim.run.run``.
     """
-    from fedsim.run import run
-
     points = [[f"seed={s}"] for s in seeds] if seeds else [[]]
     configs = [load_config(f, [*overrides, *point]) for f in files for point in points]
     if out is None:
         name = configs[0].name if len(configs) == 1 else "compare"
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folders = [out] if len(configs) == 1 else [out / f"{c.name}-seed{c.seed}" for c in configs]
-    _check(configs, folders)
     with _ray_for(configs):
+        from fedsim.run import run  # takes seconds, in which Ray starts
+
+        _check(configs, folders)
         for config, folder in zip(configs, folders):
             run(config, folder, debug=debug)
     report(folders, out)
@@ -62,7 +62,7 @@ def _ray_for(configs: list[Config]) -> Iterator[None]:
     if workers == 0:
         yield
         return
-    from fedsim.ray_pool import session
+    from fedsim.ray_session import session
 
     with session(workers, configs[0].simulation.address):
         yield

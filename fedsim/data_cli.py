@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +33,8 @@ def show(
 @app.command()
 def info(name: Name, root: Root = "") -> None:
     """Print counts, label histograms and the checksum, which is computed anew and compared."""
+    import numpy as np
+
     from fedsim.data import load_dataset
 
     dataset = load_dataset(name, root)

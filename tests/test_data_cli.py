@@ -9,9 +9,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedsim.data import Dataset, progress
-from fedsim.data.cli import app
 from fedsim.data.partition import partition
 from fedsim.data.pictures import MIXED, contact_sheet, partition_figure
+from fedsim.data_cli import app
 from fedsim.errors import DataError
 
 

@@ -1,0 +1,150 @@
+"""Ray's own processes, started while the caller goes on. With ``fedsim.ray_pool`` the only module that imports Ray.
+
+Starting them takes seconds in which this process has nothing to do for it: time to import torch and to read data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep CUDA_VISIBLE_DEVICES as it is
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray.exceptions import RayError
+
+from fedsim.errors import ConfigError, FedsimError
+from fedsim.watchdog import Watchdog
+
+logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM to the main thread
+
+SYSTEM = {
+    "worker_niceness": 0,  # Ray's default is 15, but here the workers are the work
+    "preload_python_modules": ["fedsim.ray_pool"],  # and with it torch: while the driver reads data
+}
+
+
+class _Head(Node):
+    """A head node without the Python processes that a simulation never talks to: dashboard, autoscaler, log monitor."""
+
+    def __init__(self, workers: int):
+        options: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False, "_system_config": SYSTEM}
+        super().__init__(RayParams(num_cpus=workers, **options), head=True, shutdown_at_exit=False, spawn_reaper=True)
+
+    def start_api_server(self, **_: Any) -> None:
+        """Not started: ``ray.init`` would wait a second for it even with ``include_dashboard=False``."""
+
+
+class Session:
+    """A Ray of ``workers`` CPUs on this machine, which may still be starting, or the cluster at ``address``.
+
+    Raises:
+        ConfigError: no cluster answers at ``address``.
+    """
+
+    def __init__(self, workers: int, address: str = ""):
+        self.error = ""
+        self._up, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep, args=(workers,), name="ray", daemon=True)
+        self._watchdog: Watchdog | None = None
+        if not address:
+            self._watchdog = Watchdog()
+            self._thread.start()
+            return
+        try:
+            _answers(address)
+            _join(address)
+        except (OSError, OverflowError, ValueError, RayError) as error:
+            raise ConfigError(
+                f"simulation.address = '{address}': no Ray cluster answers there ({error}); expected HOST:PORT of one"
+                " ('ray start --head' says which), or no address to start one here"
+            ) from None
+        self._up.set()
+
+    def _keep(self, workers: int) -> None:
+        # Linux ends Ray's processes with the thread that started them, so this one stays as long as they are needed.
+        head, watchdog = None, self._watchdog
+        assert watchdog is not None
+        try:
+            with watchdog.marking():
+                head = _Head(workers)
+            _join(head.gcs_address)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+        self._up.set()
+        self._over.wait()
+        if head is not None:
+            head.kill_all_processes(check_alive=False, allow_graceful=True)
+
+    def wait(self) -> None:
+        """Until this process is connected.
+
+        Raises:
+            FedsimError: Ray does not start here.
+        """
+        self._up.wait()
+        if self.error:
+            raise FedsimError(f"Ray does not start: {self.error}")
+
+    def close(self) -> None:
+        """Leave the cluster; end the Ray that was started here."""
+        started_here = self._thread.is_alive()
+        if started_here:
+            self._up.wait()
+        ray.shutdown()
+        self._over.set()
+        if started_here:
+            self._thread.join()
+        if self._watchdog is not None:
+            self._watchdog.close()
+
+
+def _join(address: str) -> None:
+    with _signals_kept():
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray sets a handler of SIGTERM that exits with 15; what the signal does is the caller's to say."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():  # nobody else may, nor does Ray then
+            signal.signal(signal.SIGTERM, before)
+
+
+def _answers(address: str) -> None:
+    """Raise OSError unless something listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+_sessions: list[Session] = []  # the one that is open, if any: a process has one Ray
+
+
+def current() -> Session | None:
+    return _sessions[0] if _sessions else None
+
+
+@contextlib.contextmanager
+def session(workers: int, address: str = "") -> Iterator[Session]:
+    """Keep one Ray for several pools. Raises as ``Session`` does."""
+    _sessions.append(Session(workers, address))
+    try:
+        yield _sessions[0]
+    finally:
+        _sessions.pop().close()

@@ -1,0 +1,44 @@
+"""The executor of ``auto``: a function of model, batch and device, on both sides of its bounds."""
+
+import pytest
+import torch
+
+from fedsim.build import choose_executor, plan
+from fedsim.local import ClientTask
+from fedsim.models import build_model
+from fedsim.optim import SGD
+from tests.conftest import shards_of, small_config
+
+
+def task(name: str, shape: tuple[int, ...], classes: int, norm: str) -> ClientTask:
+    return ClientTask(build_model(name, classes=classes, shape=shape, norm=norm), (), SGD())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "norm", "batch", "expected"),
+    [
+        ("logistic", (60, 1, 1), 10, "none", 10, "vmap"),
+        ("logistic", (3, 32, 32), 10, "none", 10, "vmap"),
+        ("logistic", (3, 32, 32), 30, "none", 10, "loop"),  # 46,095 parameters a tensor
+        ("small-cnn", (3, 28, 28), 10, "bn", 4, "vmap"),
+        ("small-cnn", (3, 28, 28), 10, "bn", 32, "loop"),  # 53 MFLOP a step
+        ("mcmahan-cnn", (3, 32, 32), 10, "none", 10, "loop"),
+        ("digits-cnn", (3, 28, 28), 10, "bn", 32, "loop"),
+    ],
+)
+def test_vmap_where_a_step_is_overhead(name, shape, classes, norm, batch, expected):
+    made = task(name, shape, classes, norm)
+    assert choose_executor(made, torch.zeros(shape), batch, "cpu") == expected
+
+
+def test_on_a_gpu_up_to_some_millions_of_parameters():
+    example = torch.zeros(3, 28, 28)
+    assert choose_executor(task("mcmahan-cnn", (3, 28, 28), 10, "none"), example, 32, "cuda") == "vmap"
+    assert choose_executor(task("digits-cnn", (3, 28, 28), 10, "bn"), example, 32, "cuda") == "loop"
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(8, "vmap"), (200, "loop")])
+def test_the_choice_is_written_into_the_configuration(dataset, batch, expected):
+    config = small_config(training={"batch-size": batch}, model={"name": "small-cnn", "norm": "bn"})
+    config = config.model_copy(update={"simulation": config.simulation.model_copy(update={"executor": "auto"})})
+    assert plan(config, (dataset, shards_of(dataset), None)).config.simulation.executor == expected
