@@ -99,7 +99,9 @@ def test_vmap_agrees_with_the_loop_on_every_model_and_normalization(datasets, mo
         with pytest.raises(ConfigError, match=reason):
             both(datasets, model, "fedavg", normalization=variant)
         return
-    agree(*both(datasets, model, "fedavg", normalization=variant))
+    # MobileNetV2: see SOME; what disagrees at all disagrees in the first round.
+    several = {"rounds": 3} if model != "mobilenet-v2" else {"rounds": 1, "tolerance": 1e-9}
+    agree(*both(datasets, model, "fedavg", normalization=variant), **several)
 
 
 HEAVY = ("mobilenet-v2", "resnet-18", "vgg-11")

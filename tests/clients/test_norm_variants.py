@@ -19,7 +19,7 @@ from fedsim.models.norm_layers import (
     GhostBatchNorm2d,
     InstanceBatchNorm2d,
 )
-from tests.conftest import Small
+from tests.conftest import Small, small_dataset
 from tests.oracles import timm_module
 from tests.test_engine import agree
 
@@ -159,8 +159,8 @@ def test_ibn_a_stands_where_its_paper_has_it():
     assert [type(m[1]) for m in swapped.features] == [InstanceBatchNorm2d, InstanceBatchNorm2d, nn.BatchNorm2d]
 
 
-def test_evonorm_b0_needs_a_batch_also_without_layers_over_vectors(dataset):
-    small = Small(dataset, algorithm={"normalization": "evonorm-b0"}, model={"name": "vgg-11"})
+def test_evonorm_b0_needs_a_batch_also_without_layers_over_vectors(tmp_path):
+    small = Small(small_dataset(tmp_path, shape=(3, 16, 16)), algorithm={"normalization": "evonorm-b0"}, model={"name": "vgg-11"})
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in small.task.model.modules())
     assert small.task.smallest_batch == 2
 
