@@ -160,7 +160,8 @@ def test_ibn_a_stands_where_its_paper_has_it():
 
 
 def test_evonorm_b0_needs_a_batch_also_without_layers_over_vectors(tmp_path):
-    small = Small(small_dataset(tmp_path, shape=(3, 16, 16)), algorithm={"normalization": "evonorm-b0"}, model={"name": "vgg-11"})
+    images = small_dataset(tmp_path, shape=(3, 16, 16))
+    small = Small(images, algorithm={"normalization": "evonorm-b0"}, model={"name": "vgg-11"})
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in small.task.model.modules())
     assert small.task.smallest_batch == 2
 
