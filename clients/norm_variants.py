@@ -23,33 +23,64 @@ from fedsim.models.norm_layers import (
     GhostBatchNorm2d,
     InstanceBatchNorm2d,
 )
+from fedsim.models.resnet import BasicBlock
 from fedsim.plugin import Plugin
 from fedsim.registry import Part, register
 
 Make = Callable[[int], nn.Module]
 
 
-def has_batch_norm(task: ClientTask, config: Config) -> str | None:
-    return None if config.model.norm == "bn" else f"it replaces BatchNorm, and model.norm = '{config.model.norm}'"
+def planes_of(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def planes_of_ibn_a(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """Where IBN-Net a has its layer: after the first convolution of each residual block but those of the last stage;
+    in a model without such blocks every BatchNorm2d but the deepest."""
+    blocks = [m for m in model.modules() if isinstance(m, BasicBlock)]
+    firsts = [b.norm1 for b in blocks if isinstance(b.norm1, nn.BatchNorm2d)]
+    if firsts:
+        return [n for n in firsts if n.num_features < firsts[-1].num_features]
+    return planes_of(model)[:-1]
 
 
 class ReplaceBatchNorm(Plugin):
-    """Args: images, vectors: channels -> layer in the place of BatchNorm2d and BatchNorm1d. keep_last: leave the
-    deepest BatchNorm2d as it is, as IBN-Net does."""
+    """Args: images, vectors: channels -> layer in the place of BatchNorm2d and BatchNorm1d. choose: model -> those
+    BatchNorm2d that are replaced.
 
-    def __init__(self, images: Make, vectors: Make = nn.BatchNorm1d, keep_last: bool = False):
-        self.images, self.vectors, self.keep_last = images, vectors, keep_last
+    Raises:
+        ConfigError: there is nothing to replace.
+    """
+
+    def __init__(
+        self,
+        images: Make,
+        vectors: Make = nn.BatchNorm1d,
+        choose: Callable[[nn.Module], list[nn.BatchNorm2d]] = planes_of,
+    ):
+        self.images, self.vectors, self.choose = images, vectors, choose
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        planes = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        kept = planes[-1:] if self.keep_last else []
+        needs_batch_norm(model)
+        return self.replace(model)
+
+    def replace(self, model: nn.Module) -> nn.Module:
+        chosen = self.choose(model)
 
         def swap(path: str, module: nn.Module) -> nn.Module | None:
             if isinstance(module, nn.BatchNorm2d):
-                return module if any(module is m for m in kept) else self.images(module.num_features)
+                return self.images(module.num_features) if any(module is m for m in chosen) else module
             return self.vectors(module.num_features) if isinstance(module, nn.BatchNorm1d) else None
 
         return replace_modules(model, swap)
+
+
+def needs_batch_norm(model: nn.Module) -> None:
+    if not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in model.modules()):
+        raise ConfigError(
+            "algorithm.normalization: it replaces BatchNorm, and the model has none; expected model.norm = 'bn' and a"
+            " model with normalization layers of that kind"
+        )
 
 
 class ReplaceWithActivation(ReplaceBatchNorm):
@@ -60,6 +91,7 @@ class ReplaceWithActivation(ReplaceBatchNorm):
     """
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        needs_batch_norm(model)
         for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
             for i in range(len(block) - 1):
                 if isinstance(block[i], nn.BatchNorm2d) and isinstance(block[i + 1], nn.ReLU):
@@ -70,7 +102,7 @@ class ReplaceWithActivation(ReplaceBatchNorm):
                 f"algorithm.normalization: EvoNorm includes its nonlinearity, and no ReLU follows '{left[0]}' in an "
                 "nn.Sequential; choose another normalization or another model"
             )
-        return super().prepare(model)
+        return self.replace(model)
 
 
 class WeightStandardizedConv2d(nn.Conv2d):
@@ -114,7 +146,7 @@ def _register(name: str, *plugins: Plugin) -> None:
 
     @register("normalization", name)
     def part(config: Config) -> Part:
-        return Part(plugins, check=has_batch_norm)
+        return Part(plugins)
 
 
 _register("in", ReplaceBatchNorm(lambda c: nn.InstanceNorm2d(c, affine=True), nn.LayerNorm))
@@ -124,7 +156,7 @@ _register(
     StandardizeBeforeNorm(),
     ReplaceBatchNorm(lambda c: BatchChannelNorm2d(c, estimated=True), nn.LayerNorm),
 )
-_register("ibn-a", ReplaceBatchNorm(InstanceBatchNorm2d, keep_last=True))
+_register("ibn-a", ReplaceBatchNorm(InstanceBatchNorm2d, choose=planes_of_ibn_a))
 _register("evonorm-s0", ReplaceWithActivation(EvoNormS0, nn.LayerNorm))
 _register("evonorm-b0", ReplaceWithActivation(EvoNormB0, nn.BatchNorm1d))
 
@@ -132,13 +164,13 @@ _register("evonorm-b0", ReplaceWithActivation(EvoNormB0, nn.BatchNorm1d))
 @register("normalization", "ghost")
 def ghost(config: Config, *, ghost_size: int = 8) -> Part:
     layer = lambda c: GhostBatchNorm2d(c, ghost_size)  # noqa: E731
-    return Part((ReplaceBatchNorm(layer, layer),), check=has_batch_norm)
+    return Part((ReplaceBatchNorm(layer, layer),))
 
 
 @register("normalization", "adab2n")
 def adab2n(config: Config, *, ada_kappa: float = 0.5) -> Part:
     layer = lambda c: AdaptiveMomentumBatchNorm2d(c, ada_kappa)  # noqa: E731
-    return Part((ReplaceBatchNorm(layer, layer),), check=has_batch_norm)
+    return Part((ReplaceBatchNorm(layer, layer),))
 
 
 @register("normalization", "affine-only")

@@ -1,13 +1,6 @@
-"""What a client does with normalization layers. Layers are found by type and full path, never by name.
+"""What a client does with normalization layers: which of their tensors stay, and layers in BatchNorm's place.
 
-| value of the axis    | method         | gamma, beta | running mean, variance | convolutions           |
-|----------------------|----------------|-------------|------------------------|------------------------|
-| shared               | FedAvg         | averaged    | averaged               | averaged               |
-| local                | FedBN          | local       | local                  | averaged               |
-| local-statistics     | SiloBN         | averaged    | local                  | averaged               |
-| fixed-statistics     | FixBN          | averaged    | averaged, then frozen  | averaged               |
-| gn, ln               | FedAvg + GN/LN | averaged    | none                   | averaged               |
-| standardized-weights | FedWon         | none        | none                   | standardized, averaged |
+Layers are found by type and full path, never by name. What each value of the axis averages: ``NORMALIZATION.md``.
 """
 
 from __future__ import annotations

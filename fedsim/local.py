@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fedsim.batches import BatchPlan
 from fedsim.models.norm import classify
+from fedsim.models.norm_layers import EvoNormB0
 from fedsim.optim import Optimizer
 from fedsim.plugin import Plugin
 from fedsim.stepping import WholeGradients, stepper
@@ -138,7 +139,7 @@ class ClientTask:
     @property
     def smallest_batch(self) -> int:
         """BatchNorm over vectors refuses a training batch of one example, and over images learns nothing from it."""
-        norms = (nn.modules.batchnorm._BatchNorm,)
+        norms = (nn.modules.batchnorm._BatchNorm, EvoNormB0)
         return 2 if any(isinstance(m, norms) and m.training for m in self.model.modules()) else 1
 
     def autocast(self) -> AbstractContextManager:

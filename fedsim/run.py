@@ -155,7 +155,14 @@ class _Run:
         self.started = time.perf_counter()
         self.progress = Progress(self.config.name, self.config.rounds)
         x, _ = Examples(planned.dataset, dtype=getattr(torch, self.config.training.dtype)).batch("train", np.array([0]))
-        self.forward_flops = forward_flops(planned.task.model, x[0])
+        try:
+            self.forward_flops = forward_flops(planned.task.model, x[0])
+        except (ValueError, RuntimeError) as error:  # InstanceNorm on a feature map of one pixel, say
+            setting = f"model '{self.config.model.name}' with normalization '{self.config.algorithm.normalization}'"
+            raise ConfigError(
+                f"model.name: {setting} cannot take examples of {'x'.join(map(str, x[0].shape))}: {error}; expected"
+                " larger images, or another model or normalization"
+            ) from error
         self.federation = federation or federation_of(planned, self.store, debug=debug)
 
     def go(self, snapshot: Snapshot | None, *, resumed: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedsim.checkpoint import state_sha256
 from fedsim.pool import InProcess, WorkerLost
-from fedsim.registry import presets
+from fedsim.registry import parts, presets
 from fedsim.types import Order
 from tests.conftest import Small
 
@@ -160,25 +160,31 @@ def test_fedavg_is_the_weighted_numpy_mean_running_statistics_included(dataset):
     assert all(mean[n].dtype == torch.int64 for n in counters)
 
 
-def test_the_loop_is_plain_torch(dataset):
+@pytest.mark.parametrize("normalization", sorted(parts("normalization")))
+def test_the_loop_is_plain_torch(dataset, normalization):
     """Client 1's first round, written out with a module, torch.optim and the batch plan."""
     from fedsim.batches import batch_plan
     from fedsim.build import task_of
 
-    small = Small(dataset)
+    clipping = {"agc": 0.0} if normalization == "standardized-weights" else {}
+    small = Small(dataset, algorithm={"normalization": normalization, **clipping})
     order = Order(1, small.federation.shared, fold=False)
     (reply,) = small.federation.train(order, [1]).singles
     model = task_of(small.config, small.parts, 4, dataset.shape).model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    plan = batch_plan(small.shards[1][None], [1], batch_size=8, smallest=2, seed=0, round=1)
+    plan = batch_plan(small.shards[1][None], [1], batch_size=8, smallest=small.task.smallest_batch, seed=0, round=1)
     for (batch,) in plan:
         x = torch.from_numpy(dataset.x_train[batch]).float() / 255
         x = (x - torch.tensor(dataset.mean).view(3, 1, 1)) / torch.tensor(dataset.std).view(3, 1, 1)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), torch.from_numpy(dataset.y_train[batch])).backward()
         optimizer.step()
+    found = {**reply.shared, **small.federation.state(1).private}
+    if normalization == "affine-only":  # what keeps its initial value is a constant of the skeleton, and not sent
+        assert small.task.frozen
+        found |= {n: v for n, v in small.task.model.state_dict().items() if n in small.task.frozen}
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(reply.shared[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_scores_each_distinct_model_and_domain_once(dataset):

@@ -1,4 +1,4 @@
-"""Every model, and every model with every strategy, under both executors: three rounds of the loop and of vmap agree.
+"""Every model with every strategy and every normalization under both executors: three rounds of loop and vmap agree.
 
 In float64, so that a mistake cannot hide behind rounding: with batches of four, BatchNorm amplifies a difference
 about a thousandfold each round (MobileNetV2: 1e-13, 2e-10, 7e-7). ``test_engine`` has one in float32.
@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 from fedsim.data import Dataset
 from fedsim.errors import ConfigError
 from fedsim.evaluation import mode_batches
-from fedsim.registry import presets
+from fedsim.registry import parts, presets
 from tests.conftest import IMAGE_MODELS, Small, shards_of, small_dataset
 from tests.test_engine import agree
 
@@ -25,6 +25,8 @@ SHAPES = {
     "vit-tiny": (3, 16, 16),
 }
 STRATEGIES = [name for name in presets() if name != "centralised"]
+PRESET = {p.parts.get("normalization", "shared") for p in presets().values()}
+VARIANTS = [name for name in parts("normalization") if name not in PRESET]  # of no strategy of their own
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +35,12 @@ def datasets(tmp_path_factory) -> dict[tuple[int, ...], Dataset]:
     return {s: small_dataset(root / "x".join(map(str, s)), shape=s) for s in {(3, 12, 12), *SHAPES.values()}}
 
 
-def both(datasets, model: str, strategy: str) -> tuple[Small, Small]:
+def both(datasets, model: str, strategy: str, **algorithm: str) -> tuple[Small, Small]:
     dataset = datasets[SHAPES.get(model, (3, 12, 12))]
     # two ragged clients, two steps each; one step of the 57 million parameters is enough
     robust = presets()[strategy].parts.get("aggregation")
     shards = shards_of(dataset, (4, 3) if model == "alexnet" else (8, 7, 8) if robust else (8, 7))
-    options: dict[str, float] = {"byzantine": 0} if robust else {}
+    options: dict[str, float | str] = {**algorithm, **({"byzantine": 0} if robust else {})}
     if strategy == "fedtiny":
         options["dev-fraction"] = 1.0  # of shards as small as these, lest BatchNorm see one example
     # MobileNetV2's last feature maps are a single pixel here: four of them would be rounding to BatchNorm.
@@ -82,6 +84,26 @@ def test_vmap_agrees_with_the_loop_on_every_model_and_strategy(datasets, model, 
     agree(*both(datasets, model, strategy))
 
 
+@pytest.mark.parametrize(
+    ("model", "variant"),
+    [
+        pytest.param(m, v, marks=[] if m == "small-cnn" else pytest.mark.slow)
+        for m in IMAGE_MODELS
+        for v in VARIANTS
+        if m != "alexnet"
+    ],
+)
+def test_vmap_agrees_with_the_loop_on_every_model_and_normalization(datasets, model, variant):
+    reason = senseless_normalization(model, variant)
+    if reason:
+        with pytest.raises(ConfigError, match=reason):
+            both(datasets, model, "fedavg", normalization=variant)
+        return
+    # MobileNetV2: see SOME; what disagrees at all disagrees in the first round.
+    several = {"rounds": 3} if model != "mobilenet-v2" else {"rounds": 1, "tolerance": 1e-9}
+    agree(*both(datasets, model, "fedavg", normalization=variant), **several)
+
+
 HEAVY = ("mobilenet-v2", "resnet-18", "vgg-11")
 BATCH_NORM_MODELS = [m for m in IMAGE_MODELS if m not in ("alexnet", "logistic", *HEAVY) and "vit" not in m]
 
@@ -112,7 +134,19 @@ def senseless(model: str, strategy: str) -> str:
     if model == "logistic" and strategy in ("fedper", "fedrep", "fedbabu"):
         return "has no body and head"
     needs_statistics = strategy in ("silobn", "fixbn")
+    if strategy == "fbn":
+        return senseless_normalization(model, "pooled-statistics")
     needs_norms = needs_statistics or strategy in ("fedbn", "fedins", "fedssf")
     if (model == "logistic" and needs_norms) or (model.startswith("vit") and needs_statistics):
         return "has no"
+    return ""
+
+
+def senseless_normalization(model: str, variant: str) -> str:
+    if variant == "affine-only":
+        return "no layer has gamma and beta" if model == "logistic" else ""
+    if model == "logistic" or model.startswith("vit"):
+        return "the model has none"
+    if variant.startswith("evonorm") and model in ("mobilenet-v2", "resnet-18", "resnet-20"):
+        return "no ReLU follows"
     return ""

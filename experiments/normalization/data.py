@@ -1,7 +1,7 @@
 """Write the digits suite as a folder tree with fewer test images: python data.py [FOLDER, default data/digits-small].
 
-All training images, the first 200 test images of each domain in an order drawn with seed 0; the suite's own split.
-Fifty private models on seven thousand test images, under seven evaluation modes, would cost more than the training.
+All training images, the first 500 test images of each domain in an order drawn with seed 0; the suite's own split.
+Fifty private models on seven thousand test images, under several evaluation modes, would cost more than the training.
 """
 
 import sys
@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedsim.data import load_dataset
 
-TEST = 200
+TEST = 500
 DOMAINS = ("mnist", "street", "utility", "synth", "mnistm")
 
 

@@ -1,6 +1,6 @@
 """Tables and figure of the study: python survival.py [RUNS, default runs/normalization] > tables.md
 
-Writes survival.png beside this file.
+Writes survival.png and by_domain.md beside this file.
 """
 
 import sys
@@ -17,9 +17,22 @@ from fedsim.results.run import RunDirectory, find_runs
 from fedsim.results.table import cell_of
 
 BATCHES = (1, 2, 4, 32)
-SETTINGS = {1: "5 clients, all a round", 10: "50 clients, 5 a round"}
-NEED_A_BATCH = ("fedavg-bn", "fedbn", "fbn")  # refused with batches of one
-ORDER = ("fedavg-bn", "fedbn", "fbn", "gn", "bcn-estimated", "fedwon")
+SETTINGS = {1: "5 clients, all of them a round", 10: "50 clients, 5 of them a round"}
+WITHOUT_A_BATCH = ("gn", "ln", "in", "evonorm-s0", "bcn-estimated", "fedwon")
+BY_THE_BATCH = (
+    "fedavg-bn",
+    "fedbn",
+    "silobn",
+    "fixbn",
+    "fbn",
+    "adab2n",
+    "ghost",
+    "ibn-a",
+    "affine-only",
+    "evonorm-b0",
+    "bcn",
+)
+ORDER = WITHOUT_A_BATCH + BY_THE_BATCH
 Cells = dict[tuple[str, int, int], list[RunDirectory]]  # method, clients a domain, batch size -> seeds
 
 
@@ -32,56 +45,66 @@ def collect(root: Path) -> Cells:
 
 
 def means(runs: list[RunDirectory]) -> list[float]:
+    """Accuracy of each seed, the mean over its domains, in per cent."""
     return [100 * float(np.mean(list(r.summary["accuracy"].values()))) for r in runs]
 
 
 def show(runs: list[RunDirectory], method: str, size: int) -> str:
-    if not runs:
-        return "refused" if size == 1 and method in NEED_A_BATCH else "-"
-    return cell_of(means(runs)).show(" ± ")
+    if runs:
+        return cell_of(means(runs)).show(" ± ")
+    if method == "ghost" and 1 < size <= 8:
+        return "as BN"  # one chunk of at most ghost-size = 8: the bits of fedavg-bn
+    return "refused" if size == 1 and method in BY_THE_BATCH else "-"
 
 
-def print_survival(cells: Cells) -> None:
+def survival(cells: Cells) -> list[str]:
+    lines = []
     for each, setting in SETTINGS.items():
-        print(f"\n| {setting} | " + " | ".join(f"batch {b}" for b in BATCHES) + " |")
-        print("| --- |" + " ---: |" * len(BATCHES))
+        lines += [f"\n| {setting} | " + " | ".join(f"batch {b}" for b in BATCHES) + " |"]
+        lines += ["| --- |" + " ---: |" * len(BATCHES)]
         for method in ORDER:
-            print(f"| {method} | " + " | ".join(show(cells[method, each, b], method, b) for b in BATCHES) + " |")
+            lines.append(f"| {method} | " + " | ".join(show(cells[method, each, b], method, b) for b in BATCHES) + " |")
+    return lines
 
 
-def print_domains(cells: Cells) -> None:
+def by_domain(cells: Cells) -> list[str]:
     domains = next(runs for runs in cells.values() if runs)[0].domains
+    lines = []
     for each, setting in SETTINGS.items():
-        print(f"\n| {setting} | batch | " + " | ".join(domains) + " | seeds |")
-        print("| --- | ---: |" + " ---: |" * (len(domains) + 1))
+        lines += [f"\n| {setting} | batch | " + " | ".join(domains) + " | seeds |"]
+        lines += ["| --- | ---: |" + " ---: |" * (len(domains) + 1)]
         for method in ORDER:
             for size in BATCHES:
                 if runs := cells[method, each, size]:
                     values = [cell_of([100 * r.summary["accuracy"][d] for r in runs]).show(" ± ") for d in domains]
-                    print(f"| {method} | {size} | " + " | ".join(values) + f" | {len(runs)} |")
+                    lines.append(f"| {method} | {size} | " + " | ".join(values) + f" | {len(runs)} |")
+    return lines
 
 
-def draw(cells: Cells, folder: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+def draw(cells: Cells, path: Path) -> None:
+    """Method by batch size, a panel a setting; a line between those that look at the batch and those that do not."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 7.2), sharey=True, layout="constrained")
+    colours = plt.get_cmap("viridis").with_extremes(bad="0.88")
     for ax, (each, setting) in zip(axes, SETTINGS.items()):
-        for number, method in enumerate(ORDER):
-            found = [(x, means(cells[method, each, b])) for x, b in enumerate(BATCHES) if cells[method, each, b]]
-            x = [x + 0.03 * (number - 2.5) for x, _ in found]
-            spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for _, v in found]
-            ax.errorbar(
-                x, [np.mean(v) for _, v in found], spread, marker="o", capsize=2, label=method, color=f"C{number}"
-            )
-            if method in NEED_A_BATCH:
-                ax.plot(0.03 * (number - 2.5), 3, "x", color=f"C{number}")
-        ax.axhline(10, color="grey", linewidth=0.8, linestyle=":")
-        ax.set(title=setting, xlabel="batch size (cross: refused)", xticks=range(len(BATCHES)), xticklabels=BATCHES)
-    axes[0].set(ylabel="mean accuracy over domains (%)", ylim=(0, 100))
-    axes[0].legend(fontsize="small")
-    figure.savefig(folder / "survival.png", dpi=140)
+        found = [[cells[method, each, size] for size in BATCHES] for method in ORDER]
+        grid = np.array([[np.mean(means(runs)) if runs else np.nan for runs in row] for row in found])
+        image = ax.imshow(np.ma.masked_invalid(grid), cmap=colours, vmin=10, vmax=85, aspect="auto")
+        for (r, c), value in np.ndenumerate(grid):
+            text = show(found[r][c], ORDER[r], BATCHES[c]) if np.isnan(value) else f"{value:.0f}"
+            ax.text(c, r, text, ha="center", va="center", fontsize=9, color="white" if value < 50 else "black")
+        ax.axhline(len(WITHOUT_A_BATCH) - 0.5, color="white", linewidth=4)
+        ax.set(title=setting, xlabel="batch size", xticks=range(len(BATCHES)), xticklabels=BATCHES)
+        ax.set(yticks=range(len(ORDER)), yticklabels=ORDER)
+        ax.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label="accuracy (%), mean over domains and seeds", shrink=0.6)
+    figure.suptitle("Above the line: normalization that does not look at the batch", fontsize=10)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
     found = collect(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/normalization"))
-    print_survival(found)
-    print_domains(found)
-    draw(found, Path(__file__).parent)
+    here = Path(__file__).parent
+    print("\n".join(survival(found)))
+    head = "# By domain\n\nAccuracy (%) after the last round, mean ± standard deviation over seeds; see README.md."
+    (here / "by_domain.md").write_text("\n".join([head, *by_domain(found)]) + "\n")
+    draw(found, here / "survival.png")

@@ -79,8 +79,8 @@ class InstanceBatchNorm2d(nn.Module):
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """Ghost batch normalization (Hoffer, Hubara, Soudry, NeurIPS 2017): in training each chunk of ``size`` examples is
-    normalized with its own statistics, which enter the running ones chunk after chunk. A last chunk of one example
-    joins the one before."""
+    normalized with its own statistics, which enter the running ones chunk after chunk. What does not divide is spread
+    over the chunks, lest the rest be a chunk of its own, of two examples say."""
 
     def __init__(self, channels: int, size: int = 8):
         super().__init__(channels)
@@ -92,9 +92,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        chunks = list(input.split(self.size))
-        if len(chunks) > 1 and len(chunks[-1]) == 1:
-            chunks[-2:] = [torch.cat(chunks[-2:])]
+        chunks = input.tensor_split(max(1, len(input) // self.size))
         return torch.cat([super(GhostBatchNorm2d, self).forward(chunk) for chunk in chunks])
 
 

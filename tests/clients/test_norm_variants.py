@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from clients.norm_variants import WeightStandardizedConv2d
+from clients.norm_variants import ReplaceBatchNorm, WeightStandardizedConv2d, planes_of_ibn_a
 from fedsim.errors import ConfigError
+from fedsim.models import build_model
 from fedsim.models.norm_layers import (
     AdaptiveMomentumBatchNorm2d,
     BatchChannelNorm2d,
@@ -18,7 +19,8 @@ from fedsim.models.norm_layers import (
     GhostBatchNorm2d,
     InstanceBatchNorm2d,
 )
-from tests.conftest import Small
+from fedsim.registry import parts
+from tests.conftest import Small, small_dataset
 from tests.oracles import timm_module
 from tests.test_engine import agree
 
@@ -68,7 +70,7 @@ def test_weight_standardization_equals_timm():
 def test_ghost_batch_norm_is_batch_norm_on_chunks():
     ghost, plain = GhostBatchNorm2d(8, 3), nn.BatchNorm2d(8)
     x = images(7)
-    close(ghost(x), torch.cat([plain(x[:3]), plain(x[3:])]))  # the seventh alone joins the second chunk
+    close(ghost(x), torch.cat([plain(x[:4]), plain(x[4:])]))  # 4 and 3, not 3, 3 and 1
     close(ghost.running_var, plain.running_var)
     close(ghost.eval()(x), plain.eval()(x))
 
@@ -140,12 +142,32 @@ def test_evonorm_refuses_a_model_whose_relu_it_cannot_drop(dataset):
         Small(dataset, algorithm={"normalization": "evonorm-s0"}, model={"name": "resnet-20"})
 
 
-def test_a_replacement_needs_batch_norm(dataset):
-    with pytest.raises(ConfigError, match="replaces BatchNorm"):
-        Small(dataset, algorithm={"normalization": "ghost"}, model={"norm": "gn"})
+@pytest.mark.parametrize("variant", ["ghost", "evonorm-s0", "pooled-statistics"])
+@pytest.mark.parametrize("model", [{"norm": "gn"}, {"name": "logistic"}])
+def test_a_replacement_needs_batch_norm(dataset, variant, model):
+    with pytest.raises(ConfigError, match="replaces BatchNorm, and the model has none"):
+        Small(dataset, algorithm={"normalization": variant}, model=model)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def test_ibn_a_stands_where_its_paper_has_it():
+    """After the first convolution of the residual blocks of all stages but the last, as the authors' resnet18_ibn_a."""
+    blocks = build_model("resnet-18", classes=4, shape=(3, 16, 16), norm="bn")
+    swapped = ReplaceBatchNorm(InstanceBatchNorm2d, choose=planes_of_ibn_a).prepare(blocks)
+    found = [path for path, m in swapped.named_modules() if isinstance(m, InstanceBatchNorm2d)]
+    assert found == [f"stages.{stage}.{block}.norm1" for stage in (0, 1, 2) for block in (0, 1)]
+    plain = build_model("small-cnn", classes=4, shape=(3, 16, 16), norm="bn")
+    swapped = ReplaceBatchNorm(InstanceBatchNorm2d, choose=planes_of_ibn_a).prepare(plain)
+    assert [type(m[1]) for m in swapped.features] == [InstanceBatchNorm2d, InstanceBatchNorm2d, nn.BatchNorm2d]
+
+
+def test_evonorm_b0_needs_a_batch_also_without_layers_over_vectors(tmp_path):
+    images = small_dataset(tmp_path, shape=(3, 16, 16))
+    small = Small(images, algorithm={"normalization": "evonorm-b0"}, model={"name": "vgg-11"})
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in small.task.model.modules())
+    assert small.task.smallest_batch == 2
+
+
+@pytest.mark.parametrize("variant", sorted(parts("normalization")))
 def test_the_table_says_what_is_averaged(dataset, variant):
     """The row of clients/NORMALIZATION.md lists the kinds of tensors on the wire."""
     rows = (Path(__file__).parents[2] / "clients" / "NORMALIZATION.md").read_text().splitlines()

@@ -130,6 +130,20 @@ case(
 case(KEYS, "an unknown axis value", SET + "algorithm.pruning=fedtyni", "algorithm.pruning", "did you mean 'fedtiny'")
 case(KEYS, "an unknown model", SET + "model.name=smal-cnn", "model.name", "did you mean 'small-cnn'")
 case(KEYS, "images too small for the model", SET + "model.name=alexnet", "model.name", "64x64 pixels or more")
+case(
+    KEYS,
+    "images too small for the normalization",
+    SET + "algorithm.strategy=fedavg --set algorithm.normalization=in --set federation.image-size=8",
+    "examples of 3x8x8",
+    "larger images",
+)
+case(
+    KEYS,
+    "nothing that a normalization could replace",
+    SET + "algorithm.strategy=fedavg --set algorithm.normalization=ghost --set model.norm=gn",
+    "algorithm.normalization",
+    "expected model.norm = 'bn'",
+)
 case(KEYS, "a strategy and a model without its layers", SET + "model.norm=none", "norm", "no normalization layer")
 case(
     KEYS,
