@@ -84,13 +84,22 @@ def test_vmap_agrees_with_the_loop_on_every_model_and_strategy(datasets, model, 
     agree(*both(datasets, model, strategy))
 
 
+# VGG-11's last feature maps are a single pixel here, which InstanceNorm cannot normalize.
+SOME_VARIANTS = {
+    "alexnet": (),
+    "mobilenet-v2": ("in", "bcn-estimated"),
+    "resnet-18": ("ibn-a", "adab2n"),
+    "vgg-11": ("evonorm-s0", "evonorm-b0", "ghost"),
+}
+
+
 @pytest.mark.parametrize(
     ("model", "variant"),
     [
         pytest.param(m, v, marks=[] if m == "small-cnn" else pytest.mark.slow)
         for m in IMAGE_MODELS
         for v in VARIANTS
-        if m != "alexnet"
+        if v in SOME_VARIANTS.get(m, VARIANTS)
     ],
 )
 def test_vmap_agrees_with_the_loop_on_every_model_and_normalization(datasets, model, variant):
