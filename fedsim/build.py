@@ -39,6 +39,7 @@ class Plan:
     Attributes:
         config: with every choice written out (axes, options, executor, block).
         validation: held-out examples of each client, or None.
+        flops: of one example's forward pass, by module path; '' is the whole model.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Plan:
     strategy: Strategy
     cohort: int
     modes: dict[str, Mode]
+    flops: dict[str, int]
 
     @property
     def spec(self) -> WorkerSpec:
@@ -92,7 +94,7 @@ STEP_FLOPS = 10_000_000  # of a batch's forward pass: beyond, a step is work and
 TENSOR_SIZE = 20_000  # parameters of a tensor, in the mean: beyond, stacking them is memory traffic and nothing else
 
 
-def choose_executor(task: ClientTask, example: torch.Tensor, batch_size: int, device: str) -> str:
+def choose_executor(task: ClientTask, flops: int, batch_size: int, device: str) -> str:
     """The executor of ``auto``: a function of model, batch and device alone, so that it is the same tomorrow.
 
     On a CPU vmap pays where a step of the loop is overhead, which grows with the number of tensors. The two bounds
@@ -101,14 +103,25 @@ def choose_executor(task: ClientTask, example: torch.Tensor, batch_size: int, de
     parameters.
 
     Args:
-        example: one, without batch dimension.
+        flops: of one example's forward pass.
     """
     sizes = [p.numel() for p in task.model.parameters()]
     if device != "cpu":
         return "vmap" if sum(sizes) <= 5_000_000 else "loop"
     if sum(sizes) > TENSOR_SIZE * len(sizes):
         return "loop"
-    return "vmap" if forward_flops(task.model, example)[""] * batch_size <= STEP_FLOPS else "loop"
+    return "vmap" if flops * batch_size <= STEP_FLOPS else "loop"
+
+
+def _flops_of(task: ClientTask, example: torch.Tensor, config: Config) -> dict[str, int]:
+    try:
+        return forward_flops(task.model, example)
+    except (ValueError, RuntimeError) as error:  # InstanceNorm on a feature map of one pixel, say
+        setting = f"model '{config.model.name}' with normalization '{config.algorithm.normalization}'"
+        raise ConfigError(
+            f"model.name: {setting} cannot take examples of {'x'.join(map(str, example.shape))}: {error}; expected"
+            " larger images, or another model or normalization"
+        ) from error
 
 
 Data = tuple[Dataset, Partition, Partition | None]  # examples, training shards, held-out shards
@@ -166,8 +179,8 @@ def plan(config: Config, data: Data | None = None) -> Plan:
     asked = config.simulation.executor
     if reason := _imprecise(config.training, device):
         raise ConfigError(f"training.precision = '{config.training.precision}': {reason}")
-    example = examples.batch("train", np.array([0]))[0][0]
-    executor = choose_executor(task, example, config.training.batch_size, device) if asked == "auto" else asked
+    flops = _flops_of(task, examples.batch("train", np.array([0]))[0][0], config)
+    executor = choose_executor(task, flops[""], config.training.batch_size, device) if asked == "auto" else asked
     if config.simulation.compile and (reason := _uncompiled(executor, device)):
         raise ConfigError(f"simulation.compile = true: {reason}")
     model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())
@@ -182,7 +195,7 @@ def plan(config: Config, data: Data | None = None) -> Plan:
             f"algorithm: the aggregation rule needs the updates of {strategy.needs} clients, a round has {cohort};"
             " take more clients, a higher federation.participation, or a rule that needs fewer"
         )
-    return Plan(config, parts, task, dataset, shards, validation, strategy, cohort, modes)
+    return Plan(config, parts, task, dataset, shards, validation, strategy, cohort, modes, flops)
 
 
 def _imprecise(training: Training, device: str) -> str | None:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedsim.build import Plan, federation_of, plan, policy_of
@@ -22,8 +21,7 @@ from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.config import Config, load_config
 from fedsim.engine import Federation
 from fedsim.errors import ConfigError, DataError, FedsimError, StorageError
-from fedsim.examples import Examples
-from fedsim.flops import forward_flops, masked_flops
+from fedsim.flops import masked_flops
 from fedsim.guard import Offenders
 from fedsim.models.weights import weights_sha256
 from fedsim.results.progress import Progress
@@ -154,15 +152,6 @@ class _Run:
         self.latest: dict[str, Any] = {}
         self.started = time.perf_counter()
         self.progress = Progress(self.config.name, self.config.rounds)
-        x, _ = Examples(planned.dataset, dtype=getattr(torch, self.config.training.dtype)).batch("train", np.array([0]))
-        try:
-            self.forward_flops = forward_flops(planned.task.model, x[0])
-        except (ValueError, RuntimeError) as error:  # InstanceNorm on a feature map of one pixel, say
-            setting = f"model '{self.config.model.name}' with normalization '{self.config.algorithm.normalization}'"
-            raise ConfigError(
-                f"model.name: {setting} cannot take examples of {'x'.join(map(str, x[0].shape))}: {error}; expected"
-                " larger images, or another model or normalization"
-            ) from error
         self.federation = federation or federation_of(planned, self.store, debug=debug)
 
     def go(self, snapshot: Snapshot | None, *, resumed: bool = False) -> dict[str, Any]:
@@ -248,10 +237,10 @@ class _Run:
         seen = int(sum(r.metrics["seen"] for r in replies.singles))
         if order.task == "train":
             last = min(seen, len(replies.singles) * self.config.training.batch_size)
-            flops = self.strategy.training_flops(order, self.forward_flops, seen, last)
+            flops = self.strategy.training_flops(order, self.plan.flops, seen, last)
             totals.examples_seen += seen
         else:
-            flops = masked_flops(self.forward_flops, order.masks) * seen
+            flops = masked_flops(self.plan.flops, order.masks) * seen
         totals.train_flops += int(flops)
         totals.retried_clients += federation.retried
         totals.dropped_examples += federation.dropped

@@ -207,7 +207,7 @@ def slow(monkeypatch, client: int, seconds: float) -> None:
 
 
 def test_a_client_out_of_time_is_left_out_and_the_others_of_its_block_go_on(dataset, tmp_path, monkeypatch):
-    sections = {"rounds": 1, "simulation": {"block": 3}}
+    sections = {"rounds": 1, "simulation": {"block": 3, "executor": "loop"}}
     expected = run(dataset, tmp_path / "without", small_config(**sections), shards_of(dataset, (40, 33)))
     slow(monkeypatch, 2, 1.1)
     sections["simulation"]["time-limit"] = 1.0

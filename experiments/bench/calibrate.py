@@ -25,7 +25,6 @@ if __name__ == "__main__":
 from fedsim.build import choose_executor, federation_of, plan
 from fedsim.config import parse_config
 from fedsim.data import Dataset, Partition
-from fedsim.examples import Examples
 from fedsim.store import ClientStore
 
 WORKERS = 2  # that the loop keeps busy, while a round of vmap may be one block
@@ -105,9 +104,8 @@ def measure(case: Case, seconds: float) -> tuple[int, str, dict[str, float]]:
             planned = plan(config, (data, shards, None))
             rounds[executor] = federation_of(planned, ClientStore(), debug=True), planned.strategy
         task = planned.task
-        example = Examples(data).batch("train", np.array([0]))[0][0]
         size = sum(p.numel() for p in task.model.parameters())
-        chosen = choose_executor(task, example, case.batch, "cpu")
+        chosen = choose_executor(task, planned.flops[""], case.batch, "cpu")
         best = dict.fromkeys(rounds, float("inf"))
         end, turns = time.monotonic() + seconds, 0
         while turns < 3 or time.monotonic() < end:
