@@ -23,6 +23,7 @@ from ray._private.parameter import RayParams
 from ray.exceptions import RayError
 
 from fedsim.errors import ConfigError, FedsimError
+from fedsim.processes import huge_pages
 from fedsim.watchdog import Watchdog
 
 logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM to the main thread
@@ -75,7 +76,7 @@ class Session:
         head, watchdog = None, self._watchdog
         assert watchdog is not None
         try:
-            with watchdog.marking():
+            with watchdog.marking(), huge_pages():
                 head = _Head(workers)
             _join(head.gcs_address)
         except Exception as error:
