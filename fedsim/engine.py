@@ -28,7 +28,7 @@ from fedsim.worker import BlockResult, EvaluationJob, Failure, Narrowed, Score, 
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
-LARGE_MODEL = 1 << 24  # bytes
+LARGE_MODEL = 1 << 22  # bytes
 WINDOW = 2048  # evaluations under way at a time
 STACK = 32  # models scored at once under vmap
 

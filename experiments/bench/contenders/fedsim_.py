@@ -42,7 +42,13 @@ def shards(workload: Workload, dataset: Dataset) -> Partition:
 
 
 def configuration(
-    workload: Workload, rounds: int, executor: str, workers: int, block: int, precision: str = "full"
+    workload: Workload,
+    rounds: int,
+    executor: str,
+    workers: int,
+    block: int,
+    precision: str = "full",
+    compile: bool = False,
 ) -> Config:
     return parse_config(
         {
@@ -51,18 +57,24 @@ def configuration(
             "model": {"name": workload.model, "norm": "bn" if workload.model == "digits-cnn" else "none"},
             "training": {"batch-size": workload.batch, "lr": workload.lr, "shuffle": False, "precision": precision},
             "algorithm": {"strategy": "fedbn" if workload.private else "fedavg"},
-            "simulation": {"executor": executor, "workers": workers, "block": block},
+            "simulation": {"executor": executor, "workers": workers, "block": block, "compile": compile},
         }
     )
 
 
 def run(
-    workload: Workload, rounds: int, executor: str = "auto", workers: int = 2, block: int = 0, precision: str = "full"
+    workload: Workload,
+    rounds: int,
+    executor: str = "auto",
+    workers: int = 2,
+    block: int = 0,
+    precision: str = "full",
+    compile: bool = False,
 ) -> Result:
-    """Args: executor, workers, block: the keys of fedsim's ``[simulation]``; precision: of its ``[training]``."""
+    """Args: executor, workers, block, compile: the keys of fedsim's ``[simulation]``; precision: of its ``[training]``."""
     begin = time.perf_counter()
     data = dataset(workload)
-    config = configuration(workload, rounds, executor, workers, block, precision)
+    config = configuration(workload, rounds, executor, workers, block, precision, compile)
     prepared = plan(config, (data, shards(workload, data), None))
     neutral = dict(build_model(workload).named_parameters())
     theirs = dict(prepared.task.model.named_parameters())
@@ -104,7 +116,8 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=2, help="Ray actors; 0: this process, no Ray (default: 2)")
     parser.add_argument("--block", type=int, default=0, help="clients a block; 0: fedsim's own rule (default: 0)")
     parser.add_argument("--precision", default="full", choices=("full", "bf16"), help="(default: full)")
+    parser.add_argument("--compile", action="store_true", help="vmap's steps through torch's compiler")
     chosen = parser.parse_args()
-    options = (chosen.executor, chosen.workers, chosen.block, chosen.precision)
+    options = (chosen.executor, chosen.workers, chosen.block, chosen.precision, chosen.compile)
     outcome = run(workload(chosen.workload), chosen.rounds, *options)
     print(outcome.line())
