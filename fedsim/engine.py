@@ -42,12 +42,13 @@ def block_size(executor: str, cohort: int, model_bytes: int) -> int:
 
 
 def cut(clients: Sequence[int], block: int) -> list[list[int]]:
-    """Blocks of at most ``block`` clients each, even in size and in number (more than two: a multiple of four), so that
-    up to four workers end together. What a block is must not depend on how many there are."""
+    """Blocks of at most ``block`` clients each, even in number (more than two: a multiple of four) and in size, the larger
+    first, so that up to four workers end together. What a block is must not depend on how many there are."""
     count = math.ceil(len(clients) / block)
     if count > 2:
         count = min(len(clients), 4 * math.ceil(count / 4))
-    edges = [len(clients) * i // count for i in range(count + 1)]
+    sizes = [len(clients) // count + (number < len(clients) % count) for number in range(count)]
+    edges = itertools.accumulate(sizes, initial=0)
     return [list(clients[a:b]) for a, b in itertools.pairwise(edges)]
 
 

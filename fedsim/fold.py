@@ -69,9 +69,13 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(PIECE) for t in tensors))
 
 
-def _product(piece: Tensor, weight: float) -> Tensor:
-    """Rounded before it is added, so that a sum has the same bits wherever its terms were multiplied."""
-    return piece if weight == 1 else torch.mul(piece.to(torch.float64), weight)
+def _add(total: Tensor, piece: Tensor, weight: float) -> None:
+    """total += weight * piece, with the same bits wherever a sum's terms are multiplied: the product of a number in
+    float32 and a count is exact in float64, that of one in float64 is rounded before it is added."""
+    if piece.dtype is torch.float64 and weight != 1:
+        total.add_(piece * weight)
+    else:
+        total.add_(piece, alpha=weight)
 
 
 def _scaled(value: Tensor, weight: float) -> Tensor:
@@ -83,7 +87,7 @@ def _scaled(value: Tensor, weight: float) -> Tensor:
 
 def _accumulate(total: Tensor, value: Tensor, weight: float = 1.0) -> None:
     for into, piece in _pieces(total.view(-1), value.reshape(-1)):
-        into.add_(_product(piece, weight))
+        _add(into, piece, weight)
 
 
 def merge(partials: Iterable[Partial]) -> Partial:
@@ -123,7 +127,7 @@ def mean(partials: Sequence[Partial], like: Tensors) -> Tensors:
             for into, first, *others in _pieces(out[name].view(-1), *values):
                 total = first.to(torch.float64, copy=True).mul_(partials[0].factor)
                 for partial, piece in zip(partials[1:], others):
-                    total.add_(_product(piece, partial.factor))
+                    _add(total, piece, partial.factor)
                 total.div_(weight)
                 into.copy_(total if want.dtype.is_floating_point else total.round_())
     return out

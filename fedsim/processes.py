@@ -1,9 +1,6 @@
 """Environment of the processes that train, and memory of those that send models."""
 
 import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 # glibc gives large blocks back to the kernel after every batch; keeping them saves a quarter of a CNN's CPU time.
 # One thread each: two one-thread workers are faster than two threads in one, and the bits depend on the threads.
@@ -13,21 +10,6 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_NUM_THREADS": "1",
 }
-
-
-@contextmanager
-def huge_pages() -> Iterator[None]:
-    """Processes that start meanwhile have their memory in pages of 2 MB where the system grants it (glibc 2.35, Linux):
-    6 % of the processor time of a round with 14 M parameters, whose products walk through 50 MB of weights."""
-    name = "GLIBC_TUNABLES"
-    mine = name not in os.environ  # who has set it knows why
-    if mine:
-        os.environ[name] = "glibc.malloc.hugetlb=1"
-    try:
-        yield
-    finally:
-        if mine:
-            del os.environ[name]
 
 
 def keep_memory() -> None:

@@ -23,7 +23,6 @@ from ray._private.parameter import RayParams
 from ray.exceptions import RayError
 
 from fedsim.errors import ConfigError, FedsimError
-from fedsim.processes import huge_pages
 from fedsim.watchdog import Watchdog
 
 logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM to the main thread
@@ -76,7 +75,7 @@ class Session:
         head, watchdog = None, self._watchdog
         assert watchdog is not None
         try:
-            with watchdog.marking(), huge_pages():
+            with watchdog.marking():
                 head = _Head(workers)
             _join(head.gcs_address)
         except Exception as error:

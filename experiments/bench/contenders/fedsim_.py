@@ -71,7 +71,7 @@ def run(
     precision: str = "full",
     compile: bool = False,
 ) -> Result:
-    """Args: executor, workers, block, compile: the keys of fedsim's ``[simulation]``; precision: of its ``[training]``."""
+    """Args: executor, workers, block, compile: keys of fedsim's ``[simulation]``; precision: of its ``[training]``."""
     begin = time.perf_counter()
     data = dataset(workload)
     config = configuration(workload, rounds, executor, workers, block, precision, compile)
