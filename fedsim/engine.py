@@ -42,7 +42,7 @@ def block_size(executor: str, cohort: int, model_bytes: int) -> int:
 
 
 def cut(clients: Sequence[int], block: int) -> list[list[int]]:
-    """Blocks of at most ``block`` clients each, even in number (more than two: a multiple of four) and in size, the larger
+    """Blocks of at most ``block`` clients, even in number (more than two: a multiple of four) and in size, the larger
     first, so that up to four workers end together. What a block is must not depend on how many there are."""
     count = math.ceil(len(clients) / block)
     if count > 2:
