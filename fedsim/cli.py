@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -61,9 +62,18 @@ def run(
     run_all(config or quick_recipe(), overrides, out, seeds, debug=debug)
 
 
+_interrupted = threading.Event()  # in this call of ``main``, before the first round or after the last
+
+
 def _terminate_as_interrupted() -> None:
     """SIGTERM before the first round and after the last one is what Ctrl-C is; in between see ``fedsim.run``."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: object) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def _seeds(text: str) -> list[int]:
@@ -194,9 +204,16 @@ def main() -> None:
     """Entry point of the ``fedsim`` command."""
     debug = "--debug" in sys.argv
     started = time.time()
+    _interrupted.clear()
     try:
         _mount()
-        code = app(standalone_mode=False, prog_name="fedsim")
+        try:
+            code = app(standalone_mode=False, prog_name="fedsim")
+        except Exception:
+            # Interrupted in the middle of an import, a module stays half loaded, and what it lacks is missed elsewhere.
+            if _interrupted.is_set():
+                raise KeyboardInterrupt from None
+            raise
         if code == 130:  # typer's word for an interrupt
             raise KeyboardInterrupt
         sys.exit(code)
