@@ -23,7 +23,6 @@ from fedsim.store import ClientStore
 from fedsim.strategy import Replies, Rows
 from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, Tensors
-from fedsim.vectorized import stacks_models
 from fedsim.worker import BlockResult, EvaluationJob, Failure, Narrowed, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
@@ -84,7 +83,6 @@ class Federation:
         self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
         self.shared, self.private = spec.task.initial()
         self.policy, self.needs = policy, needs
-        self.stacks = spec.executor == "vmap" and stacks_models(spec.task)
         self.failures: list[Failure] = []
         self.void: str | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -227,7 +225,7 @@ class Federation:
 
     def _chunks(self, jobs: Sequence[EvaluationJob]) -> list[list[int]]:
         """Positions of the jobs that go to a worker together: by the configuration, never by the number of workers."""
-        if self.stacks:
+        if self.spec.stacks:
             alike: dict[tuple[str, str], list[int]] = {}
             for position, job in enumerate(jobs):
                 alike.setdefault((job.domain, job.mode), []).append(position)

@@ -90,6 +90,12 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(-1) == y).reshape(len(y), -1).float().mean(1).sum()
 
 
+def score(output: Tensor | tuple[Tensor, Tensors], y: Tensor) -> tuple[Tensor, Tensor]:
+    """(number of correct predictions, mean loss) of a model's output: logits [B, C] or [B, T, C], perhaps with more."""
+    logits = output[0] if isinstance(output, tuple) else output
+    return correct(logits, y), F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
 @dataclass(frozen=True)
 class ClientTask:
     """Model skeleton, plug-ins and optimizer: everything of the local work but data and state.

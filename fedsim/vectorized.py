@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional as F
 
-from fedsim.local import Block, ClientTask, Fetch, Outcomes, correct
+from fedsim.local import Block, ClientTask, Fetch, Outcomes, score
 from fedsim.optim import Moments
 from fedsim.plugin import Plugin
 from fedsim.stepping import project, transform
@@ -175,20 +175,14 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _batched(
-    task: ClientTask,
-    order: Order,
-    params: Tensors,
-    buffers: Tensors,
-    memory: Tensors,
-    steps: Tensor,
-    states: list[Tensors],
-    x: Tensor,
-    y: Tensor,
-    lr: float,
-    last: bool,
+    task: ClientTask, order: Order, lr: float, last: bool, *columns: Any
 ) -> tuple[Tensors, list[Tensors], Tensors, Tensor, Tensor]:
     """Forward and backward of one step of K clients, all of it [K, ...]: gradients, the plug-ins' states, buffers, loss
-    and number of correct predictions."""
+    and number of correct predictions.
+
+    Args:
+        columns: what ``one`` takes, each with the clients in front.
+    """
 
     def forward(params: Tensors, buffers: Tensors, memory: Tensors, x: Tensor, y: Tensor):
         buffers = {n: v.clone() for n, v in buffers.items()}  # written in place by normalization layers
@@ -214,7 +208,7 @@ def _batched(
         return grads, states, buffers, loss, right
 
     with torch.set_grad_enabled(order.task == "train"):
-        return vmap(one, randomness="different")(params, buffers, memory, steps, states, x, y)
+        return vmap(one, randomness="different")(*columns)
 
 
 @functools.cache
@@ -230,7 +224,7 @@ def _step(
     """One local step of every client of ``stack``, which is updated. x [K, B, ...], y [K, B] -> [K], [K]."""
     batched = _compiled() if task.compile and order.task == "train" else _batched
     grads, stack.states, stack.buffers, loss, right = batched(
-        task, order, stack.params, stack.buffers, stack.memory, stack.steps, stack.states, x, y, lr, last
+        task, order, lr, last, stack.params, stack.buffers, stack.memory, stack.steps, stack.states, x, y
     )
     if order.task == "train":
         task.optimizer.step(stack.params, grads, stack.moments, lr, step)
@@ -240,13 +234,13 @@ def _step(
     return loss.detach(), right
 
 
-def stacks_models(task: ClientTask) -> bool:
+def stacks_models(task: ClientTask, device: str) -> bool:
     """Whether scoring the clients' models at once is faster than one after the other.
 
     On a CPU only if what is private comes after the last convolution: everything before it is then computed once for
     all clients, while a stack of convolutions, or of normalizations between them, is slower than a loop over it.
     """
-    if task.device.type != "cpu":
+    if device != "cpu":
         return bool(task.private)
     conv = torch.nn.modules.conv._ConvNd
     convolutions = tuple(f"{path}." for path, m in task.model.named_modules() if isinstance(m, conv))
@@ -264,9 +258,7 @@ def score_stacked(
     for x, y in batches:
 
         def one(own: Tensors, x: Tensor = x, y: Tensor = y) -> tuple[Tensor, Tensor]:
-            output = functional_call(task.model, {**shared, **own}, (x,))
-            logits = output[0] if isinstance(output, tuple) else output
-            return correct(logits, y), F.cross_entropy(logits.flatten(0, -2), y.flatten())
+            return score(functional_call(task.model, {**shared, **own}, (x,)), y)
 
         right, mean = vmap(one)(stack)
         hits += right

@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from fedsim.batches import BatchPlan, batch_plan
 from fedsim.config import Training
@@ -24,7 +24,7 @@ from fedsim.evaluation import Mode, Predict, mode_batches
 from fedsim.examples import Examples
 from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
-from fedsim.local import Block, ClientTask, Fetch, Outcomes, correct, run_loop
+from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
 from fedsim.optim import learning_rate
 from fedsim.random import generator
 from fedsim.types import FOLDED, ClientState, Order, ReplyColumns, Tensors
@@ -53,6 +53,11 @@ class WorkerSpec:
     debug: bool = False
     max_update_norm: float = 0.0  # see fedsim.guard.Policy
     time_limit: float = 0.0  # seconds a client may train, looked at before each of its steps; 0: any time
+
+    @cached_property
+    def stacks(self) -> bool:
+        """Whether the models of several clients are scored at once."""
+        return self.executor == "vmap" and stacks_models(self.task, self.device)
 
 
 @dataclass(frozen=True)
@@ -338,9 +343,8 @@ class Worker:
         shared = self._on_device(shared)
         together: dict[str, list[int]] = {}  # by domain
         scores: dict[int, Score] = {}
-        stacks = self.spec.executor == "vmap" and stacks_models(self.task)
         for position, job in enumerate(jobs):
-            if stacks and job.client >= 0 and job.split == "test" and not job.mode:
+            if self.spec.stacks and job.client >= 0 and job.split == "test" and not job.mode:
                 together.setdefault(job.domain, []).append(position)
             else:
                 scores[position] = self._score(shared, job)
@@ -358,10 +362,9 @@ class Worker:
         with self._predictor(job) as (predict, batches):
             for indices in batches:
                 x, y = self.examples.batch(split, indices)
-                output = predict(x)
-                logits = output[0] if isinstance(output, tuple) else output
-                hits += float(correct(logits, y))
-                loss += float(F.cross_entropy(logits.flatten(0, -2), y.flatten())) * len(y)
+                right, mean = score(predict(x), y)
+                hits += float(right)
+                loss += float(mean) * len(y)
         return Score(job.client, job.domain, job.split, hits, loss, len(job.indices))
 
     def _score_together(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:

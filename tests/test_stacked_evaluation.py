@@ -67,7 +67,7 @@ def test_what_does_not_fit_into_memory_at_once_is_scored_in_halves(dataset, monk
 
 
 def test_models_are_stacked_only_where_what_is_private_comes_after_the_convolutions(dataset):
-    assert stacks_models(many(dataset, "fedper", "small-cnn", "vmap").task)
-    assert stacks_models(many(dataset, "ditto", "logistic", "vmap").task)
-    assert not stacks_models(many(dataset, "fedbn", "small-cnn", "vmap").task)
-    assert not stacks_models(many(dataset, "fedavg", "logistic", "vmap").task)
+    assert stacks_models(many(dataset, "fedper", "small-cnn", "vmap").task, "cpu")
+    assert stacks_models(many(dataset, "ditto", "logistic", "vmap").task, "cpu")
+    assert not stacks_models(many(dataset, "fedbn", "small-cnn", "vmap").task, "cpu")
+    assert not stacks_models(many(dataset, "fedavg", "logistic", "vmap").task, "cpu")
