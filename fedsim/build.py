@@ -98,9 +98,9 @@ def choose_executor(task: ClientTask, flops: int, batch_size: int, device: str) 
     """The executor of ``auto``: a function of model, batch and device alone, so that it is the same tomorrow.
 
     On a CPU vmap pays where a step of the loop is overhead, which grows with the number of tensors. The two bounds
-    divide the table of ``experiments/bench/README.md`` where vmap takes half the loop's time: a round may be one block
-    of vmap's, on one worker, while the loop has enough blocks for two. On a GPU it pays up to some millions of
-    parameters.
+    divide the table of ``experiments/bench/README.md`` where vmap takes half the loop's time: the loop keeps any number
+    of workers busy, and vmap's few blocks may not. On a GPU it is taken to pay up to some millions of parameters; that
+    has not been measured.
 
     Args:
         flops: of one example's forward pass.

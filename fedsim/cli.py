@@ -52,7 +52,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a configuration, or compare several; ends with a table and pictures of accuracy per domain."""
-    _terminate_as_interrupted()
+    _interruptible()
     from fedsim.recipes import quick_recipe, run_all
 
     overrides = list(set or [])
@@ -65,8 +65,8 @@ def run(
 _interrupted = threading.Event()  # in this call of ``main``, before the first round or after the last
 
 
-def _terminate_as_interrupted() -> None:
-    """SIGTERM before the first round and after the last one is what Ctrl-C is; in between see ``fedsim.run``."""
+def _interruptible() -> None:
+    """SIGINT and SIGTERM end the command before its first round and after its last; in between see ``fedsim.run``."""
 
     def interrupt(number: int, frame: object) -> None:
         _interrupted.set()
@@ -95,7 +95,7 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Continue a run that was stopped or killed; it ends with the bits of an undisturbed one."""
-    _terminate_as_interrupted()
+    _interruptible()
     from fedsim.recipes import report
     from fedsim.run import resume as continue_run
 
@@ -120,7 +120,7 @@ def sweep(
     under way after their round). A grid of two keys
     (beside the seed) ends with a heat map, rows the first key's values, and its figures as tables.
     """
-    _terminate_as_interrupted()
+    _interruptible()
     from fedsim.sweep import best, draw_grid, parse_grid
     from fedsim.sweep import sweep as run_sweep
 
