@@ -81,7 +81,7 @@ class Federation:
         self.spec, self.pool, self.store = spec, pool, store
         self.cohort, self.block = cohort, block
         self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
-        self.shared, self.private = spec.task.initial()
+        _, self.private = spec.task.initial()
         self.policy, self.needs = policy, needs
         self.failures: list[Failure] = []
         self.void: str | None = None
@@ -90,6 +90,11 @@ class Federation:
 
     def __len__(self) -> int:
         return len(self.spec.shards)
+
+    @property
+    def shared(self) -> Tensors:
+        """The shared tensors as they are before the first round: a copy every time, since a run needs it once."""
+        return self.spec.task.initial()[0]
 
     def sample(self, round: int) -> list[int]:
         """The clients of a round, ascending."""

@@ -32,6 +32,7 @@ class SimulationGrid(Grid):
 
     def __init__(self, federation: Federation):
         self.federation = federation
+        self._dtypes = {name: value.dtype for name, value in federation.shared.items()}
         self._replies: dict[str, Message] = {}
         self._run: Any = None
         self._sent = 0
@@ -92,9 +93,8 @@ class SimulationGrid(Grid):
             return read_order(content), int(content[CONFIG]["order"])  # type: ignore[index, arg-type]
         arrays = next(iter(content.array_records.values()))
         config = next(iter(content.config_records.values()), ConfigRecord())
-        known = self.federation.shared
         # Flower's own aggregation returns counters as float64.
-        shared = {n: v.to(known[n].dtype) for n, v in to_tensors(arrays).items() if n in known}
+        shared = {n: v.to(self._dtypes[n]) for n, v in to_tensors(arrays).items() if n in self._dtypes}
         scalars = {n: float(v) for n, v in config.items() if n == "lr"}  # type: ignore[arg-type]
         round = int(config.get("server-round", 1))  # type: ignore[arg-type]
         return Order(round, shared, scalars=scalars, fold=False), -1
@@ -103,7 +103,7 @@ class SimulationGrid(Grid):
         by_client = {m.metadata.dst_node_id - 1: m for m in group}
         order, number = self._order(group[0].content)
         # What the clients keep private is not the server's to send, even if its first arrays held the whole model.
-        kept = {n: v for n, v in order.shared.items() if n in self.federation.shared}
+        kept = {n: v for n, v in order.shared.items() if n in self._dtypes}
         order = replace(order, shared=kept)
         out = []
         for result in self.federation.train_blocks(order, list(by_client)):
@@ -133,7 +133,7 @@ class SimulationGrid(Grid):
 
     def _evaluate(self, group: list[Message]) -> list[Message]:
         order, _ = self._order(group[0].content)
-        kept = {n: v for n, v in order.shared.items() if n in self.federation.shared}
+        kept = {n: v for n, v in order.shared.items() if n in self._dtypes}
         scores = self.federation.evaluate(kept)
         by_key = {(s.client, s.domain): s for s in scores}
         out = []

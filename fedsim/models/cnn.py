@@ -24,13 +24,11 @@ def conv(
     pool: bool = True,
     padding: int | None = None,
 ) -> nn.Module:
-    """Convolution, normalization, ReLU and, if asked for, 2x2 max pooling."""
-    layers = [
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if padding is None else padding),
-        make_norm(norm, outputs, dims=2),
-        nn.ReLU(),
-    ]
-    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+    """Convolution, normalization, 2x2 max pooling if asked for, and ReLU: which, being monotone, may as well come last,
+    with the same values and gradients and a quarter of the work."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if padding is None else padding)
+    pooling = [nn.MaxPool2d(2)] if pool else []
+    return nn.Sequential(convolution, make_norm(norm, outputs, dims=2), *pooling, nn.ReLU())
 
 
 def dense(inputs: int, outputs: int, norm: str) -> nn.Module:
@@ -42,10 +40,10 @@ class ConvNet(nn.Module):
 
     def __init__(self, features: nn.Module, classifier: nn.Module):
         super().__init__()
-        self.features, self.classifier = features, classifier
+        self.features, self.flatten, self.classifier = features, nn.Flatten(), classifier
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))  # [B, C, H, W] -> [B, classes]
+        return self.classifier(self.flatten(self.features(x)))  # [B, C, H, W] -> [B, classes]
 
 
 @register("digits-cnn")

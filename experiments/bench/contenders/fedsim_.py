@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import torch
+from torch import nn
 
 from experiments.bench.reporting import Result, arguments, result
 from experiments.bench.torch_side import build_model, final_loss
@@ -62,6 +63,15 @@ def configuration(
     )
 
 
+def _start_from(neutral: nn.Module, model: nn.Module) -> dict[str, str]:
+    """Give ``model`` the neutral initial weights; its parameters' names with those of the same layers in ``neutral``."""
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for mine, parameter in zip(neutral.parameters(), theirs.values(), strict=True):  # the same layers in one order
+            parameter.copy_(mine)
+    return dict(zip(theirs, (name for name, _ in neutral.named_parameters())))
+
+
 def run(
     workload: Workload,
     rounds: int,
@@ -76,11 +86,7 @@ def run(
     data = dataset(workload)
     config = configuration(workload, rounds, executor, workers, block, precision, compile)
     prepared = plan(config, (data, shards(workload, data), None))
-    neutral = dict(build_model(workload).named_parameters())
-    theirs = dict(prepared.task.model.named_parameters())
-    with torch.no_grad():
-        for mine, parameter in zip(neutral.values(), theirs.values(), strict=True):  # the same layers in one order
-            parameter.copy_(mine)
+    names = _start_from(build_model(workload), prepared.task.model)
     federation, strategy = federation_of(prepared, ClientStore(), debug=True), prepared.strategy
     start_up = time.perf_counter() - begin
     try:
@@ -89,11 +95,9 @@ def run(
         for round in range(1, rounds + 1):
             stamps.append(time.perf_counter())
             for order in strategy.orders(round, state):
-                replies = federation.train(order, cohort(workload, round))
-                state = strategy.aggregate(round, state, order, replies)
+                state = strategy.aggregate(round, state, order, federation.train(order, cohort(workload, round)))
         stamps.append(time.perf_counter())
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        names = dict(zip(theirs, neutral))
         personal = {
             c: {names[n]: v for n, v in federation.state(c).private.items() if n in names}
             for c in range(workload.clients)
