@@ -7,6 +7,7 @@ batch use LayerNorm, and the others keep BatchNorm (or their own form of it).
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def needs_batch_norm(model: nn.Module) -> None:
 
 
 class ReplaceWithActivation(ReplaceBatchNorm):
-    """EvoNorm in the place of BatchNorm2d and the ReLU after it, which it includes.
+    """EvoNorm in the place of BatchNorm2d and the ReLU after it, which it includes; pooling may lie between the two.
 
     Raises:
         ConfigError: a BatchNorm2d is not followed by a ReLU in an ``nn.Sequential``.
@@ -93,9 +94,10 @@ class ReplaceWithActivation(ReplaceBatchNorm):
     def prepare(self, model: nn.Module) -> nn.Module:
         needs_batch_norm(model)
         for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-            for i in range(len(block) - 1):
-                if isinstance(block[i], nn.BatchNorm2d) and isinstance(block[i + 1], nn.ReLU):
-                    block[i], block[i + 1] = self.images(block[i].num_features), nn.Identity()  # type: ignore[arg-type]
+            kept = [i for i, module in enumerate(block) if not isinstance(module, nn.MaxPool2d)]
+            for i, following in pairwise(kept):
+                if isinstance(block[i], nn.BatchNorm2d) and isinstance(block[following], nn.ReLU):
+                    block[i], block[following] = self.images(block[i].num_features), nn.Identity()  # type: ignore[arg-type]
         left = [path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
         if left:
             raise ConfigError(

@@ -7,13 +7,13 @@ mean has the same bits for any number of workers and any order of arrival.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedsim.types import Tensors
+from fedsim.types import LowRank, Tensors
 
 PIECE = 1 << 16  # numbers: as many sums in float64, and as many terms, fit in a core's own cache
 
@@ -23,11 +23,13 @@ class Partial:
     """sum_k p_k theta_k and sum_k p_k over the clients of one block.
 
     A block of one client keeps its tensors as they are, since 1 * theta needs no float64: half the traffic.
+    ``wide`` holds the sums of tensors that are not known as tensors until the block is complete.
     """
 
     tensors: Tensors
     weight: float
     scaled: bool = True
+    wide: dict[str, WideSum] = field(default_factory=dict)
 
     @property
     def factor(self) -> float:
@@ -57,11 +59,70 @@ class Partial:
             _accumulate(total, tensors[name], weight)
         self.weight += weight
 
+    def add_wide(self, base: Tensors, updates: Mapping[str, LowRank | Tensor], weight: float) -> None:
+        """The rest of the client that was added last: what it adds to ``base``, or what it ends with.
+
+        A tensor must come this way from all clients of a block or from none."""
+        for name, update in updates.items():
+            self.wide.setdefault(name, WideSum(base[name])).add(update, weight)
+
+    def complete(self) -> None:
+        """All clients of the block have been added."""
+        if self.wide:
+            self.tensors = self.sums() | {name: wide.total() for name, wide in self.wide.items()}
+            self.wide = {}
+
     def sums(self) -> Tensors:
         if not self.scaled:
             self.tensors = {n: _scaled(v, self.weight) for n, v in self.tensors.items()}
             self.scaled = True
         return self.tensors
+
+
+class WideSum:
+    """sum_k p_k (base + left_k^T right_k) over the clients of a block, as one product of all their factors: a matrix
+    is passed through once for a block, where single clients' would be written, checked and summed in float64 each.
+
+    The product is in the tensors' own precision; what it rounds is the update, not the weight.
+    """
+
+    def __init__(self, base: Tensor):
+        self.base, self.weight = base, 0.0
+        self.left: list[Tensor] = []
+        self.right: list[Tensor] = []
+        self.sum: Tensor | None = None
+
+    def add(self, update: LowRank | Tensor, weight: float) -> None:
+        """What a client adds to the base, or the tensor it ends with."""
+        if isinstance(update, Tensor):
+            self._onto(update, weight)
+            return
+        self.weight += weight
+        self.left.append(update.left * weight)
+        self.right.append(update.right)
+        if sum(map(len, self.left)) * sum(self.base.shape) > self.base.numel():  # they take more room than the matrix
+            self._onto(self._product())
+
+    def _product(self) -> Tensor:
+        product = torch.cat(self.left).t() @ torch.cat(self.right)
+        self.left, self.right = [], []
+        return product
+
+    def _onto(self, value: Tensor, weight: float = 1.0) -> None:
+        if self.sum is None:
+            self.sum = _scaled(value, weight)
+        else:
+            _accumulate(self.sum, value, weight)
+
+    def total(self) -> Tensor:
+        """float64."""
+        terms = [t for t in (self._product() if self.left else None, self.sum) if t is not None]
+        out = torch.empty(self.base.shape, dtype=torch.float64)
+        for into, first, *others in _pieces(out.view(-1), *(t.reshape(-1) for t in (self.base, *terms))):
+            into.copy_(first).mul_(self.weight)
+            for piece in others:
+                _add(into, piece, 1.0)
+        return out
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

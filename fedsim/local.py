@@ -6,7 +6,7 @@ the clients of a block. Both yield ``Outcomes`` in client order: the loop of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +21,7 @@ from fedsim.models.norm_layers import EvoNormB0
 from fedsim.optim import Optimizer
 from fedsim.plugin import Plugin
 from fedsim.stepping import WholeGradients, stepper
-from fedsim.types import ClientState, Order, Tensors, View
+from fedsim.types import ClientState, LowRank, Order, Tensors, View
 
 # (clients, the examples of each at a step [k, B], number of the step) -> inputs [k, B, ...], labels [k, B, ...]
 Fetch = Callable[[Sequence[int], np.ndarray, int], tuple[Tensor, Tensor]]
@@ -35,11 +35,13 @@ class Block:
         clients: ascending.
         states: their private state.
         plans: (positions in ``clients`` [k], their steps); every position is in one of them.
+        factors: shared tensors whose outcome may be left as ``Outcomes.factors``.
     """
 
     clients: list[int]
     states: Sequence[ClientState]
     plans: Sequence[tuple[np.ndarray, BatchPlan]]
+    factors: Collection[str] = ()
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -51,13 +53,15 @@ class Block:
             kept = np.isin(places, positions)
             if kept.any():
                 plans.append((np.searchsorted(positions, places[kept]), BatchPlan(plan.order[kept], plan.layout)))
-        return Block([self.clients[p] for p in positions], [self.states[p] for p in positions], plans)
+        return Block([self.clients[p] for p in positions], [self.states[p] for p in positions], plans, self.factors)
 
 
 @dataclass
 class Outcomes:
     """What k clients end with, in columns: each tensor is [k, ...].
 
+    ``factors``: of a single client, instead of the tensors of these names: what to add to those of the order; None: it
+    is a tensor of this client after all.
     Tensors may be buffers of the executor: use them before asking for the next.
     """
 
@@ -69,6 +73,7 @@ class Outcomes:
     loss: Tensor  # float64 [k], summed over the examples seen
     correct: Tensor  # [k]
     seen: list[int]
+    factors: Mapping[str, LowRank | None] = field(default_factory=dict)
 
     def one(self, row: int) -> Outcomes:
         """The outcome of one client, as columns of length 1."""
@@ -82,6 +87,7 @@ class Outcomes:
             self.loss[row : row + 1],
             self.correct[row : row + 1],
             [self.seen[row]],
+            self.factors,
         )
 
 
@@ -197,13 +203,15 @@ def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     params = {n: named[n] for n in task.trainable}
     stepping = stepper(model, task.plugins, task.optimizer, params, fuse=task.precision != "bf16")
+    read = stepping.read(order.shared)
     plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     try:
         for position, (client, state) in enumerate(zip(block.clients, block.states)):
             with torch.no_grad():
                 for name, value in {**order.shared, **state.private}.items():
-                    named[name].copy_(value)
-            yield _train_one(task, order, client, state.memory, plans[position], stepping, lr, fetch)
+                    if name not in read:
+                        named[name].copy_(value)
+            yield _train_one(task, order, client, state.memory, plans[position], stepping, lr, fetch, block.factors)
     finally:
         stepping.close()
 
@@ -217,6 +225,7 @@ def _train_one(
     stepping: WholeGradients,
     lr: float,
     fetch: Fetch,
+    wanted: Collection[str],
 ) -> Outcomes:
     params, steps = stepping.params, len(plan)
     view = View(order, memory, lr, float(steps))
@@ -234,16 +243,18 @@ def _train_one(
         loss_sum += loss.detach() * len(y)
         hits += right
     with torch.no_grad():
+        factors = stepping.finish(wanted)
         report, memory = task.finish(params, stepping.states, view)
     current = task.model.state_dict()
     row = lambda tree: {n: v.detach().contiguous().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
     return Outcomes(
         clients=[client],
-        shared=row({n: current[n] for n in order.returned}),
+        shared=row({n: current[n] for n in order.returned if factors.get(n) is None}),
         private=row({n: current[n] for n in sorted(task.private)}),
         memory=row(memory),
         report=row(report),
         loss=loss_sum.reshape(1),
         correct=hits.reshape(1),
         seen=[plan.seen],
+        factors=factors,
     )

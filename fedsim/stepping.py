@@ -2,12 +2,14 @@
 
 ``WholeGradients`` is for plug-ins that look at all gradients together. ``InBackward`` steps every parameter as soon as
 backward has its gradient and frees it, so that one gradient is alive at a time: the memory of a tiny device, and the
-same bits. ``FusedLinear`` is for SGD that no plug-in interferes with: the gradient of a big layer is never written.
+same bits. ``FusedLinear`` is for SGD that no plug-in interferes with: neither the gradient of a wide layer nor, where
+only a sum over clients is wanted, what a client makes of its weight is ever written.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from functools import partial
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from fedsim.optim import SGD, Moments, Optimizer
 from fedsim.plugin import Plugin
-from fedsim.types import Tensors, View
+from fedsim.types import LowRank, Tensors, View
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -66,6 +68,15 @@ class WholeGradients:
             if value is not params[name]:
                 params[name].copy_(value)
 
+    def read(self, shared: Tensors) -> frozenset[str]:
+        """Names of the parameters that are read from ``shared`` and need no copy of it when a client starts."""
+        return frozenset()
+
+    def finish(self, wanted: Container[str]) -> dict[str, LowRank | None]:
+        """After the last step: every parameter has its value, but for those ``wanted`` that are given as their
+        difference from ``order.shared``. None: one of these that has its value nevertheless."""
+        return {}
+
     def close(self) -> None:
         """Leave the parameters as they were found."""
 
@@ -112,118 +123,161 @@ def _thin(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Layer:
-    """A linear layer that takes its SGD step inside backward: W <- (1 - lr wd) W - lr g^T x as one matrix product.
+    """A linear layer whose SGD steps are kept as factors. After examples x_s with output gradients g_s its weight is
 
-    A layer called several times sums its gradients and takes the step afterwards: every call needs W as it was.
+        W = base - lr sum_s g_s^T x_s = base + left^T right,    left [r, O], right [r, I], r examples
+
+    so a product with W is one with ``base`` and two thin ones, and neither a gradient nor W need be written: a client's
+    examples are few beside the rows and columns of a wide layer. With more than ``room`` of them W is written anyway.
     """
 
     def __init__(self, module: nn.Linear, weight_decay: float):
         self.module, self.weight_decay = module, weight_decay
-        self.calls, self.sums = 0, list[Tensor]()
-        self.begin(0.0)
+        outputs, inputs = module.weight.shape
+        # So many rows make the products with W an eighth dearer. What decays is written at every step.
+        self.room = 0 if weight_decay else outputs * inputs // (8 * (outputs + inputs))
+        self.start(module.weight)
         module.forward = self.forward  # type: ignore[method-assign, assignment]
 
-    def begin(self, lr: float) -> None:
-        """Before backward."""
-        self.lr, self.due = lr, True
+    def start(self, base: Tensor) -> None:
+        """Begin a client whose weight is ``base``, which is only read unless it is the module's own."""
+        self.base, self.left, self.right = base, base.new_empty(0, base.shape[0]), base.new_empty(0, base.shape[1])
+        self.seen = list[tuple[Tensor, Tensor]]()  # in this step: (gradients of the outputs, inputs)
 
     @property
     def params(self) -> list[Tensor]:
         return [p for p in (self.module.weight, self.module.bias) if p is not None]
 
+    @property
+    def written(self) -> bool:
+        """Whether the module's own weight is the client's."""
+        return self.base is self.module.weight and not len(self.left)
+
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return F.linear(x, self.module.weight, self.module.bias)
-        self.calls += 1
         # The parameters are arguments so that autograd comes by; they get their step, and no gradient.
-        return _StepInBackward.apply(x, self, *self.params)
+        return _Wide.apply(x, self, *self.params)
 
-    def backward(self, x: Tensor, gradient: Tensor) -> None:
-        """x [..., I] what came in, gradient [..., O] of what went out."""
-        x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        self.calls -= 1
-        if not self.calls and not self.sums:
-            keep = 1 - self.lr * self.weight_decay
-            self.module.weight.addmm_(gradient.t(), x, beta=keep, alpha=-self.lr)
-            if self.module.bias is not None:
-                self.module.bias.mul_(keep).add_(gradient.sum(0), alpha=-self.lr)
-            self.due = False
-            return
-        parts = [gradient.t() @ x, gradient.sum(0)][: len(self.params)]
-        self.sums = [a.add_(b) for a, b in zip(self.sums, parts)] if self.sums else parts
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., I] -> x W^T + b [..., O]"""
+        y = _thin(x, self.base, self.module.bias)
+        return y + _thin(x, self.right) @ self.left if len(self.left) else y
 
-    def end(self) -> None:
-        """After backward: the step of a layer that was called several times, or that the loss does not depend on."""
-        if self.due and self.weight_decay:
-            for p in self.params:
-                p.mul_(1 - self.lr * self.weight_decay)
-        for p, total in zip(self.params, self.sums):
-            p.add_(total, alpha=-self.lr)
-        self.calls, self.sums = 0, []
+    def back(self, gradient: Tensor) -> Tensor:
+        """gradient [..., O] -> gradient W [..., I]"""
+        x = _thin(gradient, self.base.t())
+        return x + _thin(gradient, self.left) @ self.right if len(self.left) else x
+
+    def begin(self) -> None:
+        """Before backward, with everything as the forward pass saw it."""
+        self.seen = []
+
+    def end(self, lr: float) -> None:
+        """After backward: the step. Every call of the layer has used W as it was."""
+        keep = 1 - lr * self.weight_decay
+        if self.module.bias is not None:
+            self.module.bias.mul_(keep)
+            for gradient, _ in self.seen:
+                self.module.bias.add_(gradient.sum(0), alpha=-lr)
+        self.left = torch.cat([self.left, *(gradient * -lr for gradient, _ in self.seen)])
+        self.right = torch.cat([self.right, *(x for _, x in self.seen)])
+        self.seen = []
+        if self.weight_decay:
+            self.write(keep)
+
+    def write(self, keep: float = 1.0) -> None:
+        """W <- keep base + left^T right, in the module's own weight."""
+        own = self.module.weight
+        if self.base is not own:
+            own.copy_(self.base)
+        if len(self.left):
+            own.addmm_(self.left.t(), self.right, beta=keep)
+        elif keep != 1:
+            own.mul_(keep)
+        self.start(own)
 
 
-class _StepInBackward(torch.autograd.Function):
+class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: _Layer, *params: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return _thin(x, *params)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        back = _thin(gradient, ctx.layer.module.weight.t()) if ctx.needs_input_grad[0] else None
-        ctx.layer.backward(x, gradient)
+        back = ctx.layer.back(gradient) if ctx.needs_input_grad[0] else None
+        ctx.layer.seen.append((gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])))
         return back, None, *(None for _ in ctx.layer.params)
 
 
 class FusedLinear(WholeGradients):
     """SGD without momentum where no plug-in asks for a gradient: big linear layers are ``_Layer``s.
 
-    For a layer of 13 M weights and batches of 32 this saves three of the eight times that a step moves them through
-    memory. The bits differ from the other ways by the rounding of g^T x, which is never done.
+    The bits differ from the other ways by the rounding of g^T x and of W after each step, which are never done.
     """
 
     LEAST = 1 << 16  # weights: below, what it saves is less than the detour through Python
 
     def __init__(self, plugins: tuple[Plugin, ...], optimizer: SGD, params: Tensors, layers: list[nn.Linear]):
         super().__init__(plugins, optimizer, params)
-        self._layers = [_Layer(module, optimizer.weight_decay) for module in layers]
-        stepped = {id(p) for layer in self._layers for p in layer.params}
+        names = {id(p): n for n, p in params.items()}
+        self._layers = {names[id(module.weight)]: _Layer(module, optimizer.weight_decay) for module in layers}
+        stepped = {id(p) for layer in self._layers.values() for p in layer.params}
         self._rest = {n: p for n, p in params.items() if id(p) not in stepped}
+        # Nobody looks at the parameters but the model.
+        self._unseen = not any(_overrides(p, "start", "finish") for p in plugins)
 
     @classmethod
     def layers(cls, model: nn.Module, plugins: tuple[Plugin, ...], optimizer: SGD, params: Tensors) -> list[nn.Linear]:
         """The layers of ``model`` that may be stepped so."""
-        hooks = ("loss", "update", "project")
-        if optimizer.momentum:
-            return []
-        if any(getattr(type(p), hook) is not getattr(Plugin, hook) for p in plugins for hook in hooks):
+        if optimizer.momentum or any(_overrides(p, "loss", "update", "project") for p in plugins):
             return []
         trained = {id(p) for p in params.values()}
         owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         found = [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() >= cls.LEAST]
         return [m for m in found if all(id(p) in trained and owners[id(p)] == 1 for p in m.parameters())]
 
+    def read(self, shared: Tensors) -> frozenset[str]:
+        return frozenset(n for n in self._layers if n in shared) if self._unseen else frozenset()
+
     def start(self, view: View) -> None:
         super().start(view)
-        for layer in self._layers:
-            layer.calls, layer.sums = 0, []  # a client that failed in the middle of a step may have left some
+        read = self.read(view.order.shared)
+        for name, layer in self._layers.items():
+            layer.start(view.order.shared[name] if name in read else layer.module.weight)
 
     def step(self, loss: Tensor, view: View, count: int) -> None:
-        for layer in self._layers:
-            layer.begin(view.lr)
+        for layer in self._layers.values():
+            layer.begin()
         # Autograd goes where somebody asks for a gradient, so it is asked for those that are None, too.
         found = dict(zip(self.params, torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)))
         with torch.no_grad():
-            for layer in self._layers:
-                layer.end()
+            for layer in self._layers.values():
+                layer.end(view.lr)
+                if len(layer.left) > layer.room and not view.last:
+                    layer.write()
         grads = {n: torch.zeros_like(p) if (g := found[n]) is None else g for n, p in self._rest.items()}
         self._apply(self._rest, grads, self.moments, view, count)
 
+    def finish(self, wanted: Container[str]) -> dict[str, LowRank | None]:
+        given: dict[str, LowRank | None] = {}
+        for name, layer in self._layers.items():
+            factors = LowRank(layer.left, layer.right)
+            if self._unseen and name in wanted:
+                own = layer.base is layer.module.weight  # it was written when there was no more room
+                given[name] = None if own or not factors.bounded else factors
+            if given.get(name) is None and not layer.written:
+                layer.write()
+        return given
+
     def close(self) -> None:
-        for layer in self._layers:
+        for layer in self._layers.values():
             del layer.module.forward
+
+
+def _overrides(plugin: Plugin, *hooks: str) -> bool:
+    return any(getattr(type(plugin), hook) is not getattr(Plugin, hook) for hook in hooks)
 
 
 def stepper(

@@ -13,6 +13,19 @@ FOLDED = "sum."  # prefix of report entries of the model's size: folded into a b
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """left^T right: what r examples have added to a matrix [O, I]; left [r, O], right [r, I]."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every entry of the product is surely finite, and so is its sum with any weight that is."""
+        return bool(self.left.norm() * self.right.norm() < 1e30)
+
+
+@dataclass(frozen=True)
 class Order:
     """Server -> clients: one message of one round, the same for every client that gets it.
 

@@ -8,7 +8,7 @@ import gc
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +27,7 @@ from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_f
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
 from fedsim.optim import learning_rate
 from fedsim.random import generator
-from fedsim.types import FOLDED, ClientState, Order, ReplyColumns, Tensors
+from fedsim.types import FOLDED, ClientState, LowRank, Order, ReplyColumns, Tensors
 from fedsim.vectorized import run_vmap, score_stacked, stacks_models
 
 Executor = Callable[[ClientTask, Order, Block, float, Fetch], Iterator[Outcomes]]
@@ -224,6 +224,8 @@ class Worker:
         parts = [block] if spec.executor == "vmap" else [block.take([p]) for p in range(len(block))]
         for part in parts if block.clients else []:
             self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
+        if result.partial is not None:
+            result.partial.complete()
         return result
 
     def _timed(self, fetch: Fetch, clients: int) -> Fetch:
@@ -252,7 +254,10 @@ class Worker:
         if self.device.type != "cpu":
             put = self._on_device
             states = [ClientState(put(state.private), put(state.memory)) for state in states]
-        block = Block(list(clients), states, plans)
+        # A sum over several clients need not be of tensors; a bound on each client's update looks at every one of them.
+        sums = order.fold and order.task == "train" and len(clients) > 1 and not self.spec.max_update_norm
+        factors = frozenset(order.returned) if sums and self.device.type == "cpu" else frozenset[str]()
+        block = Block(list(clients), states, plans, factors)
         return block.take([p for p in range(len(clients)) if p not in idle]) if idle else block
 
     def _attempt(self, order: Order, block: Block, lr: float, fetch: Fetch, result: BlockResult) -> None:
@@ -289,15 +294,16 @@ class Worker:
     def _refusals(self, order: Order, outcomes: Outcomes, report: Tensors) -> dict[int, str]:
         """row -> why that client's update is not believed."""
         loss = outcomes.loss
+        expected = {n: v for n, v in order.returned.items() if outcomes.factors.get(n) is None}
         bound = self.spec.max_update_norm if order.task == "train" else 0.0
-        if not bound and refuse_form({n: v[0] for n, v in outcomes.shared.items()}, order.returned) is None:
+        if not bound and refuse_form({n: v[0] for n, v in outcomes.shared.items()}, expected) is None:
             fine = rows_finite(outcomes.shared) & rows_finite(report) & torch.isfinite(loss).cpu()
             if bool(fine.all()):
                 return {}
         found = {}
         for row, seen in enumerate(outcomes.seen):
             shared = {n: v[row] for n, v in outcomes.shared.items()}
-            reason = refuse(shared, order.returned) or refuse_report({n: v[row] for n, v in report.items()})
+            reason = refuse(shared, expected) or refuse_report({n: v[row] for n, v in report.items()})
             if reason is None and not math.isfinite(mean := float(loss[row]) / max(seen, 1)):
                 reason = f"the training loss is {mean}"
             if reason is None:
@@ -339,21 +345,30 @@ class Worker:
         # Last of what may fail for want of memory: clients that are tried again must not be in the sum already.
         if order.fold:
             weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
-            self._fold(result, shared | folded, weights)
+            self._fold(result, shared | folded, weights, order.shared, outcomes.factors)
         result.replies.append(columns)
         result.states |= states
 
     @staticmethod
-    def _fold(result: BlockResult, tensors: Tensors, weights: list[float]) -> None:
+    def _fold(
+        result: BlockResult,
+        tensors: Tensors,
+        weights: list[float],
+        base: Tensors,
+        factors: Mapping[str, LowRank | None],
+    ) -> None:
+        """Add clients' stacked tensors [k, ...], and a single one's ``factors`` of ``base``, to the block's sum."""
         if len(weights) > 1:
             partial = Partial.of_rows(tensors, weights)
             result.partial = partial if result.partial is None else merge([result.partial, partial])
             return
         tensors = {n: v[0] for n, v in tensors.items()}
+        wide = {n: tensors.pop(n) if update is None else update for n, update in factors.items()}
         if result.partial is None:
             result.partial = Partial.of({n: v.clone() for n, v in tensors.items()}, weights[0])
         else:
             result.partial.add(tensors, weights[0])
+        result.partial.add_wide(base, wide, weights[0])
 
     @torch.no_grad()
     def evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:

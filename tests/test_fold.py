@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedsim.fold import Partial, mean, merge
+from fedsim.fold import Partial, WideSum, mean, merge
+from fedsim.types import LowRank
+from tests.conftest import Small
 
 
 def clients(draw_seed: int, count: int):
@@ -79,3 +81,61 @@ def test_a_block_of_one_has_the_bits_of_a_scaled_sum():
     lazy = [Partial.of(dict(t), w) for t, w in zip(tensors, weights)]
     eager = [Partial({n: v.double() * w for n, v in t.items()}, w) for t, w in zip(tensors, weights)]
     assert torch.equal(mean(lazy, tensors[0])["w"], mean([merge(eager)], tensors[0])["w"])
+
+
+def test_wide_sums_are_the_sums_of_what_clients_end_with():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    base = draw(30, 40)
+    partial = Partial.of({"bias": draw(4)}, 3.0)
+    expected = np.zeros((30, 40))
+    for client, rows in enumerate([5, 0, 9, 3, 2]):
+        weight, update = float(client + 1), LowRank(draw(rows, 30), draw(rows, 40))
+        partial.add_wide({"w": base}, {"w": update}, weight)
+        theta = base.double() + update.left.double().T @ update.right.double()
+        expected += weight * theta.numpy()
+    dense = draw(30, 40)
+    partial.add_wide({"w": base}, {"w": dense}, 7.0)
+    partial.complete()
+    np.testing.assert_allclose(
+        partial.tensors["w"].numpy(), expected + 7 * dense.double().numpy(), rtol=1e-5, atol=1e-4
+    )
+    assert partial.tensors["w"].dtype == torch.float64
+    assert partial.factor == 1.0
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "fedavgm"])
+def test_a_round_of_factors_is_a_round_of_tensors(dataset, strategy, epochs):
+    """One epoch's examples leave the wide layer in factors, three epochs' fill their room and are written."""
+    sections = {
+        "model": {"name": "mcmahan-cnn", "norm": "bn"},
+        "algorithm": {"strategy": strategy},
+        "training": {"dtype": "float64", "epochs": epochs},
+        "simulation": {"workers": 0, "block": 3},
+    }
+    factored, dense = Small(dataset, **sections), Small(dataset, **sections)
+    wide = "classifier.0.0.weight"
+    assert came_as_factors(factored, wide) == (3 if epochs == 1 else 0)
+    object.__setattr__(dense.spec, "max_update_norm", 1e9)
+    assert came_as_factors(dense, wide) == 0
+    ours, theirs = factored.run(2), dense.run(2)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def came_as_factors(small, name):
+    """Clients of a round whose update of a tensor came as factors."""
+    count, add = 0, WideSum.add
+
+    def counting(self, update, weight):
+        nonlocal count
+        count += isinstance(update, LowRank)
+        add(self, update, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WideSum, "add", counting)
+        (order,) = small.strategy.orders(1, small.strategy.init(small.federation.shared))
+        small.federation.train(order, [0, 1, 2])
+    assert name in order.shared
+    return count

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,10 +108,73 @@ def test_fused_layers_step_as_torch_does(weight_decay):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         theirs.step()
         ours.step(F.cross_entropy(model(x), y), View(order, {}, 0.1, 3.0), step)
+    assert ours.finish(()) == {}
     ours.close()
     for name, value in oracle.named_parameters():
         torch.testing.assert_close(params[name], value, rtol=1e-12, atol=1e-12, msg=name)
     assert "forward" not in vars(model.once)
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head = nn.Linear(300, 400), nn.Linear(400, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.wide(x)))
+
+
+WIDE = "wide.weight"
+
+
+def _steps(model, shared, steps, batch, wanted, lr=0.1):
+    """(what a client's steps leave as factors, the same steps by torch)"""
+    oracle = copy.deepcopy(model)
+    params = dict(model.named_parameters())
+    ours, theirs = stepper(model, (), SGD(), params), torch.optim.SGD(oracle.parameters(), lr=lr)
+    view = View(Order(round=1, task="train", shared=shared, scalars={}), {}, lr, float(steps))
+    ours.start(view)
+    for step in range(steps):
+        x, y = torch.randn(batch, 300, dtype=torch.float64), torch.randint(0, 4, (batch,))
+        theirs.zero_grad()
+        F.cross_entropy(oracle(x), y).backward()
+        theirs.step()
+        ours.step(F.cross_entropy(model(x), y), replace(view, last=step + 1 == steps), step)
+    with torch.no_grad():
+        factors = ours.finish(wanted)
+    ours.close()
+    return factors, dict(oracle.named_parameters())
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 8), (3, 8), (2, 40)])
+def test_factors_are_what_the_steps_add(steps, batch):
+    torch.manual_seed(0)
+    model = Wide().double()
+    base = model.wide.weight.detach().clone()
+    model.wide.weight.data.fill_(math.nan)  # nobody may look at it
+    shared, before = {WIDE: base}, base.clone()
+    oracle = copy.deepcopy(model)
+    oracle.wide.weight.data.copy_(base)
+    state = torch.get_rng_state()
+    given, _ = _steps(model, shared, steps, batch, {WIDE})
+    torch.set_rng_state(state)
+    _, expected = _steps(oracle, {}, steps, batch, ())
+    factors = given[WIDE]
+    if steps * batch > 2 * 21:  # 21 rows are an eighth of 1 / (1 / 300 + 1 / 400)
+        assert factors is None
+        torch.testing.assert_close(model.wide.weight, expected[WIDE], rtol=1e-12, atol=1e-14)
+    else:
+        assert len(factors.left) == steps * batch
+        torch.testing.assert_close(base + factors.left.T @ factors.right, expected[WIDE], rtol=1e-12, atol=1e-14)
+    assert torch.equal(base, before)
+
+
+def test_factors_that_may_overflow_are_written_and_checked():
+    torch.manual_seed(0)
+    model = Wide().double()
+    given, expected = _steps(model, {WIDE: model.wide.weight.detach().clone()}, 1, 8, {WIDE}, lr=1e40)
+    assert given == {WIDE: None}
+    torch.testing.assert_close(model.wide.weight, expected[WIDE])
 
 
 def test_layers_are_fused_only_where_nobody_asks_for_gradients():

@@ -64,7 +64,7 @@ def configuration(
 
 
 def _start_from(neutral: nn.Module, model: nn.Module) -> dict[str, str]:
-    """Give ``model`` the neutral initial weights; its parameters' names with those of the same layers in ``neutral``."""
+    """Give ``model`` the neutral initial weights. Returns its names of parameters with the ``neutral`` ones."""
     theirs = dict(model.named_parameters())
     with torch.no_grad():
         for mine, parameter in zip(neutral.parameters(), theirs.values(), strict=True):  # the same layers in one order
@@ -95,6 +95,7 @@ def run(
         for round in range(1, rounds + 1):
             stamps.append(time.perf_counter())
             for order in strategy.orders(round, state):
+                # Without a name for the replies: the sums of a round are given back before the next.
                 state = strategy.aggregate(round, state, order, federation.train(order, cohort(workload, round)))
         stamps.append(time.perf_counter())
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
