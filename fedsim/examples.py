@@ -10,13 +10,9 @@ from torch import Tensor
 
 from fedsim.data import Dataset
 from fedsim.data.augment import augmentation
+from fedsim.device_memory import free_bytes
 from fedsim.local import Fetch
 from fedsim.random import torch_generator
-
-
-def _room(device: torch.device) -> int:
-    """Bytes that examples may take on a device: half of what is free, for the models of a block need theirs."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else -1
 
 
 class Examples:
@@ -49,7 +45,8 @@ class Examples:
         # On a device whose memory has the room they lie there, so that a batch is gathered where it is used.
         size = sum(a.nbytes for pair in self.arrays.values() for a in pair)
         self.resident: dict[str, tuple[Tensor, Tensor]] = {}
-        if size <= _room(self.device):
+        free = free_bytes(self.device)
+        if free is not None and size <= free // 2:  # the models of a block need the other half
             put = lambda a: torch.from_numpy(np.array(a)).to(self.device)  # noqa: E731
             self.resident = {split: (put(x), put(y)) for split, (x, y) in self.arrays.items()}
 

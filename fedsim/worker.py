@@ -20,6 +20,7 @@ import torch
 from fedsim.batches import BatchPlan, batch_plan
 from fedsim.config import Training
 from fedsim.data import Dataset, Partition
+from fedsim.device_memory import free_bytes, training_bytes
 from fedsim.evaluation import Mode, Predict, mode_batches
 from fedsim.examples import Examples
 from fedsim.fold import Partial, merge
@@ -220,13 +221,28 @@ class Worker:
         self.task.begin(order)
         block = self._block(order, clients, states, result)
         fetch = self.examples.fetcher(spec.seed, order.round, spec.training.augment)
-        # One client that fails must not end the others: the loop is given them one at a time.
-        parts = [block] if spec.executor == "vmap" else [block.take([p]) for p in range(len(block))]
-        for part in parts if block.clients else []:
+        for part in self._parts(block):
             self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
         if result.partial is not None:
             result.partial.complete()
         return result
+
+    def _parts(self, block: Block) -> list[Block]:
+        """What is trained at once. The loop is given one client at a time, so that one that fails does not end the
+        others; vmap the whole block, or so many of it as the device has memory for."""
+        width = 1
+        if self.spec.executor == "vmap":
+            free = free_bytes(self.device)
+            width = len(block) if free is None else max(1, free // self._client_bytes)
+        if width >= len(block):
+            return [block] if len(block) else []
+        count = math.ceil(len(block) / width)
+        return [block.take(part.tolist()) for part in np.array_split(np.arange(len(block)), count)]
+
+    @cached_property
+    def _client_bytes(self) -> int:
+        size = min(self.spec.training.batch_size, len(self.spec.shards.indices))
+        return training_bytes(self.task, self.examples.batch("train", self.spec.shards.indices[:size])[0])
 
     def _timed(self, fetch: Fetch, clients: int) -> Fetch:
         """The same until the time of so many clients is up, which begins now: every step begins with its examples."""
