@@ -17,6 +17,7 @@ import numpy as np
 from fedsim.errors import FedsimError
 from fedsim.fold import Partial, mean, merge
 from fedsim.guard import WELL_FORMED, Policy
+from fedsim.packing import States
 from fedsim.pool import Pool, WorkerLost
 from fedsim.random import generator
 from fedsim.store import ClientStore
@@ -295,4 +296,4 @@ class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
         return self.blocks[number]
 
     def __getitem__(self, number: Any) -> Any:
-        return self.blocks[number], self.states(self.blocks[number])
+        return self.blocks[number], States(self.states(self.blocks[number]))

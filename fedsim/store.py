@@ -11,10 +11,9 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors.torch import load, save
-
 from fedsim.database import open_database, transaction
 from fedsim.errors import DataError
+from fedsim.packing import from_bytes, to_bytes
 from fedsim.types import ClientState, Tensors
 
 PRIVATE, MEMORY = "p/", "m/"
@@ -65,7 +64,7 @@ class ClientStore:
                 f"{self.path}: the private state of client {client} of round {round} is damaged (its checksum differs);"
                 f" resume --round with a checkpoint before round {round}, or start the run anew"
             )
-        tensors = load(data)
+        tensors = from_bytes(data)
         return ClientState(_unnumbered(PRIVATE, tensors), _unnumbered(MEMORY, tensors))
 
     def stage(self, client: int, round: int, state: ClientState) -> None:
@@ -159,7 +158,7 @@ def _unnumbered(prefix: str, tensors: Tensors) -> Tensors:
 
 def _rows(states: Mapping[int, tuple[int, ClientState]]) -> Iterator[tuple[int, int, bytes, bytes]]:
     for client, (round, state) in states.items():
-        data = save({**_numbered(PRIVATE, state.private), **_numbered(MEMORY, state.memory)})
+        data = to_bytes({**_numbered(PRIVATE, state.private), **_numbered(MEMORY, state.memory)})
         yield client, round, hashlib.sha256(data).digest(), data
 
 

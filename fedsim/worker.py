@@ -27,6 +27,8 @@ from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
 from fedsim.optim import learning_rate
+from fedsim.packing import States
+from fedsim.packing import rows as rows_of
 from fedsim.random import generator
 from fedsim.types import FOLDED, ClientState, LowRank, Order, ReplyColumns, Tensors
 from fedsim.vectorized import run_vmap, score_stacked, stacks_models
@@ -95,6 +97,13 @@ class BlockResult:
     partial: Partial | None = None
     dropped: int = 0  # examples left out by the last-batch policy
     narrowed: list[Narrowed] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "states": (list(self.states), States(list(self.states.values())))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        clients, states = state["states"]
+        vars(self).update(state, states=dict(zip(clients, states)))
 
 
 @dataclass(frozen=True)
@@ -355,9 +364,8 @@ class Worker:
         columns = ReplyColumns(clients, examples, keep({} if order.fold else shared), keep(report), metrics)
         states = {}
         if order.task != "score" and (private or memory):
-            private, memory = ({n: v.cpu() for n, v in tree.items()} for tree in (private, memory))
-            one = lambda tree, k: {n: v[k].clone() for n, v in tree.items()}  # noqa: E731
-            states = {c: ClientState(one(private, k), one(memory, k)) for k, c in enumerate(clients)}
+            private, memory = (keep({n: v.cpu() for n, v in tree.items()}) for tree in (private, memory))
+            states = dict(zip(clients, map(ClientState, rows_of(private, len(clients)), rows_of(memory, len(clients)))))
         # Last of what may fail for want of memory: clients that are tried again must not be in the sum already.
         if order.fold:
             weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
