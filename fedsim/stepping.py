@@ -258,7 +258,8 @@ class FusedLinear(WholeGradients):
                 if len(layer.left) > layer.room and not view.last:
                     layer.write()
         grads = {n: torch.zeros_like(p) if (g := found[n]) is None else g for n, p in self._rest.items()}
-        self._apply(self._rest, grads, self.moments, view, count)
+        if grads:  # a model may be one wide layer
+            self._apply(self._rest, grads, self.moments, view, count)
 
     def finish(self, wanted: Container[str]) -> dict[str, LowRank | None]:
         given: dict[str, LowRank | None] = {}

@@ -21,7 +21,7 @@ from fedsim.optim import SGD
 from fedsim.plugin import Plugin
 from fedsim.stepping import FusedLinear, InBackward, WholeGradients, stepper
 from fedsim.types import Order, View
-from tests.conftest import Small
+from tests.conftest import Small, small_dataset
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedwon"])
@@ -167,6 +167,32 @@ def test_factors_are_what_the_steps_add(steps, batch):
         assert len(factors.left) == steps * batch
         torch.testing.assert_close(base + factors.left.T @ factors.right, expected[WIDE], rtol=1e-12, atol=1e-14)
     assert torch.equal(base, before)
+
+
+def test_a_model_may_be_one_wide_layer():
+    """Logistic regression on large images; its gradients come expanded from a sum, in float32."""
+    torch.manual_seed(0)
+    model = nn.Linear(300, 400)
+    oracle, x = copy.deepcopy(model), torch.randn(4, 3, 300)
+    ours = stepper(model, (), SGD(), dict(model.named_parameters()))
+    assert type(ours) is FusedLinear
+    view = View(Order(round=1, shared={"weight": model.weight.detach().clone()}), {}, 0.1, 2.0)
+    ours.start(view)
+    for step in range(2):
+        ours.step(model(x).sum((1, 2)).mean(), view, step)
+        oracle(x).sum((1, 2)).mean().backward()
+    with torch.no_grad():
+        ours.finish(())
+    ours.close()
+    torch.testing.assert_close(model.weight, oracle.weight - 0.1 * oracle.weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.bias, oracle.bias - 0.1 * oracle.bias.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_logistic_regression_on_large_images_trains(tmp_path):
+    small = Small(small_dataset(tmp_path, shape=(3, 96, 96)), model={"name": "logistic"})
+    before = small.federation.shared["1.weight"]
+    assert not torch.equal(small.run(1)["1.weight"], before)
+    assert small.federation.failures == []
 
 
 def test_factors_that_may_overflow_are_written_and_checked():
