@@ -36,12 +36,14 @@ class Block:
         states: their private state.
         plans: (positions in ``clients`` [k], their steps); every position is in one of them.
         factors: shared tensors whose outcome may be left as ``Outcomes.factors``.
+        steps: local steps of all clients of the block, of which this may be a part.
     """
 
     clients: list[int]
     states: Sequence[ClientState]
     plans: Sequence[tuple[np.ndarray, BatchPlan]]
     factors: Collection[str] = ()
+    steps: int = 0
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -53,7 +55,8 @@ class Block:
             kept = np.isin(places, positions)
             if kept.any():
                 plans.append((np.searchsorted(positions, places[kept]), BatchPlan(plan.order[kept], plan.layout)))
-        return Block([self.clients[p] for p in positions], [self.states[p] for p in positions], plans, self.factors)
+        clients, states = [self.clients[p] for p in positions], [self.states[p] for p in positions]
+        return replace(self, clients=clients, states=states, plans=plans)
 
 
 @dataclass
@@ -211,7 +214,7 @@ def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
                 for name, value in {**order.shared, **state.private}.items():
                     if name not in read:
                         named[name].copy_(value)
-            yield _train_one(task, order, client, state.memory, plans[position], stepping, lr, fetch, block.factors)
+            yield _train_one(task, order, client, state.memory, plans[position], stepping, lr, fetch, block)
     finally:
         stepping.close()
 
@@ -225,11 +228,11 @@ def _train_one(
     stepping: WholeGradients,
     lr: float,
     fetch: Fetch,
-    wanted: Collection[str],
+    block: Block,
 ) -> Outcomes:
     params, steps = stepping.params, len(plan)
     view = View(order, memory, lr, float(steps))
-    stepping.start(view)
+    stepping.start(view, block.steps)
     loss_sum = torch.zeros((), dtype=torch.float64, device=task.device)
     hits = torch.zeros((), device=task.device)
     for step in range(steps):
@@ -243,7 +246,7 @@ def _train_one(
         loss_sum += loss.detach() * len(y)
         hits += right
     with torch.no_grad():
-        factors = stepping.finish(wanted)
+        factors = stepping.finish(block.factors)
         report, memory = task.finish(params, stepping.states, view)
     current = task.model.state_dict()
     row = lambda tree: {n: v.detach().contiguous().unsqueeze(0) for n, v in tree.items()}  # noqa: E731

@@ -155,13 +155,18 @@ class RayPool:
         idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
         running: dict[Any, _Running] = {}  # by reference
         ready: dict[int, Any] = {}  # by number: one call more for every actor
-        while waiting or running:
+        done: list[tuple[int, Any]] = []
+        while True:
             while waiting and idle:
                 (number, tries), actor = waiting.popleft(), idle.pop(0)
                 call, size = ready.pop(number) if number in ready else _put(calls[number])
                 limit = self.limit * size + GRACE if self.limit else math.inf
                 reference = self.actors[actor].call.remote(method, shared, call)
                 running[reference] = _Running(actor, number, tries, limit, time.monotonic() + limit)
+            yield from done  # now that their actors have something to do
+            done = []
+            if not running and not waiting:
+                return
             left = min((r.deadline for r in running.values()), default=math.inf) - time.monotonic()
             timeout = None if left == math.inf else max(left, 0.0)
             following = next((n for n, _ in itertools.islice(waiting, len(self.actors)) if n not in ready), None)
@@ -186,7 +191,7 @@ class RayPool:
                     result = WorkerLost(f"its worker died {run.tries + 1} times: {_line(error)}")
                 else:
                     idle.append(run.actor)
-                yield run.number, result
+                done.append((run.number, result))
             for reference, run in list(running.items()):
                 if time.monotonic() < run.deadline:
                     continue
@@ -196,7 +201,8 @@ class RayPool:
                     self.retried.append((run.number, f"no result within {run.limit:g} s"))
                     waiting.append((run.number, run.tries + 1))
                 else:
-                    yield run.number, WorkerLost(f"no result within {run.limit:g} s, {run.tries + 1} times", "time")
+                    lost = WorkerLost(f"no result within {run.limit:g} s, {run.tries + 1} times", "time")
+                    done.append((run.number, lost))
 
     def close(self) -> None:
         for actor in getattr(self, "actors", []):

@@ -282,7 +282,8 @@ class Worker:
         # A sum over several clients need not be of tensors; a bound on each client's update looks at every one of them.
         sums = order.fold and order.task == "train" and len(clients) > 1 and not self.spec.max_update_norm
         factors = frozenset(order.returned) if sums and self.device.type == "cpu" else frozenset[str]()
-        block = Block(list(clients), states, plans, factors)
+        steps = sum(len(plan) * len(positions) for positions, plan in plans)
+        block = Block(list(clients), states, plans, factors, steps)
         return block.take([p for p in range(len(clients)) if p not in idle]) if idle else block
 
     def _attempt(self, order: Order, block: Block, lr: float, fetch: Fetch, result: BlockResult) -> None:
