@@ -149,14 +149,14 @@ class _Layer:
         W = base - lr sum_s g_s^T x_s = base + left^T right,    left [r, O], right [r, I], r examples
 
     so a product with W is one with ``base`` and two thin ones, and neither a gradient nor W need be written: a client's
-    examples are few beside the rows and columns of a wide layer. With more than ``room`` of them W is written anyway.
+    examples are few beside the rows and columns of a wide layer. Where they are not, W is written after every step.
     """
 
     def __init__(self, module: nn.Linear, weight_decay: float):
         self.module, self.weight_decay = module, weight_decay
         outputs, inputs = module.weight.shape
-        # So many rows make the products with W an eighth dearer. What decays is written at every step.
-        self.room = 0 if weight_decay else outputs * inputs // (8 * (outputs + inputs))
+        # So many examples make a client's products with W an eighth dearer on average.
+        self.room = outputs * inputs // (4 * (outputs + inputs))
         self.start(module.weight)
         module.forward = self.forward  # type: ignore[method-assign, assignment]
 
@@ -169,6 +169,7 @@ class _Layer:
         self.base, self.left, self.right = base, base.new_empty(0, base.shape[0]), base.new_empty(0, base.shape[1])
         self.transposed = _back_packed(self.module, base) if pack and _by_onednn(base) else base.t()
         self.seen = list[tuple[Tensor, Tensor]]()  # in this step: (gradients of the outputs, inputs)
+        self.rows = 0  # of the last step
 
     @property
     def params(self) -> list[Tensor]:
@@ -204,6 +205,7 @@ class _Layer:
             self.module.bias.mul_(keep)
             for gradient, _ in self.seen:
                 self.module.bias.add_(gradient.sum(0), alpha=-lr)
+        self.rows = sum(len(gradient) for gradient, _ in self.seen)
         self.left = torch.cat([self.left, *(gradient * -lr for gradient, _ in self.seen)])
         self.right = torch.cat([self.right, *(x for _, x in self.seen)])
         self.seen = []
@@ -285,7 +287,7 @@ class FusedLinear(WholeGradients):
         with torch.no_grad():
             for layer in self._layers.values():
                 layer.end(view.lr)
-                if len(layer.left) > layer.room and not view.last:
+                if layer.rows * view.steps > layer.room and not view.last:
                     layer.write()
         grads = {n: torch.zeros_like(p) if (g := found[n]) is None else g for n, p in self._rest.items()}
         if grads:  # a model may be one wide layer
@@ -296,7 +298,7 @@ class FusedLinear(WholeGradients):
         for name, layer in self._layers.items():
             factors = LowRank(layer.left, layer.right)
             if self._unseen and name in wanted:
-                own = layer.base is layer.module.weight  # it was written when there was no more room
+                own = layer.base is layer.module.weight  # it was written, as there was no room
                 given[name] = None if own or not factors.bounded else factors
             if given.get(name) is None and not layer.written:
                 layer.write()

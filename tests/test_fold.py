@@ -107,7 +107,7 @@ def test_wide_sums_are_the_sums_of_what_clients_end_with():
 @pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "fedavgm"])
 def test_a_round_of_factors_is_a_round_of_tensors(dataset, strategy, epochs):
-    """One epoch's examples leave the wide layer in factors, three epochs' fill their room and are written."""
+    """One epoch's examples leave the wide layer in factors, three epochs' have no room and are written."""
     sections = {
         "model": {"name": "mcmahan-cnn", "norm": "bn"},
         "algorithm": {"strategy": strategy},
