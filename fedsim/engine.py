@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.errors import FedsimError
-from fedsim.fold import Partial, mean, merge
+from fedsim.fold import Partial, gather, mean, merge
 from fedsim.guard import WELL_FORMED, Policy
 from fedsim.packing import States
 from fedsim.pool import Pool, WorkerLost
@@ -23,7 +23,7 @@ from fedsim.random import generator
 from fedsim.store import ClientStore
 from fedsim.strategy import Replies, Rows
 from fedsim.traffic import order_bytes, replies_bytes
-from fedsim.types import ClientState, Order, Tensors
+from fedsim.types import ClientState, Order, ReplyColumns, Tensors
 from fedsim.worker import BlockResult, EvaluationJob, Failure, Narrowed, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
@@ -31,6 +31,7 @@ VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and act
 LARGE_MODEL = 1 << 22  # bytes
 WINDOW = 2048  # evaluations under way at a time
 STACK = 32  # models scored at once under vmap
+TOGETHER = 2  # blocks' sums that wait to be added, while others train, to those before them
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
@@ -135,10 +136,17 @@ class Federation:
         is worth a line in the run's events: of this order alone. If too few updates can be used, ``self.void`` says so,
         and the clients keep the private state they had.
         """
-        columns, partials = [], []
+        columns: list[ReplyColumns] = []
+        partials: list[Partial] = []
+        total: Partial | None = None
         for result in self._results(order, clients):
             columns += result.replies
-            partials += [] if result.partial is None else [result.partial]
+            if result.partial is not None:
+                partials.append(result.partial)
+                result.partial = None
+            if len(partials) == TOGETHER:
+                total = gather(total, partials)
+        partials = partials if total is None else [total, *partials]
         replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:

@@ -95,34 +95,36 @@ class WideSum:
     def add(self, update: LowRank | Tensor, weight: float) -> None:
         """What a client adds to the base, or the tensor it ends with."""
         if isinstance(update, Tensor):
-            self._onto(update, weight)
+            _accumulate(self._so_far(), update, weight)
             return
         self.weight += weight
         self.left.append(update.left * weight)
         self.right.append(update.right)
         if sum(map(len, self.left)) * sum(self.base.shape) > self.base.numel():  # they take more room than the matrix
-            self._onto(self._product())
+            self._multiply_onto(self._so_far())
 
-    def _product(self) -> Tensor:
-        product = torch.cat(self.left).t() @ torch.cat(self.right)
-        self.left, self.right = [], []
-        return product
+    def _multiply_onto(self, total: Tensor) -> None:
+        """Some rows at a time, so that a product is added where it is in a core's cache and never whole."""
+        if self.left:
+            left, self.left = torch.cat(self.left), []
+            right, self.right = torch.cat(self.right), []
+            rows = max(1, 4 * PIECE // right.shape[1])
+            for into, columns in zip(total.split(rows), left.split(rows, dim=1)):
+                into.add_(columns.t() @ right)
 
-    def _onto(self, value: Tensor, weight: float = 1.0) -> None:
+    def _so_far(self) -> Tensor:
         if self.sum is None:
-            self.sum = _scaled(value, weight)
-        else:
-            _accumulate(self.sum, value, weight)
+            self.sum = torch.zeros(self.base.shape, dtype=torch.float64)
+        return self.sum
 
     def total(self) -> Tensor:
         """float64."""
-        terms = [t for t in (self._product() if self.left else None, self.sum) if t is not None]
-        out = torch.empty(self.base.shape, dtype=torch.float64)
-        for into, first, *others in _pieces(out.view(-1), *(t.reshape(-1) for t in (self.base, *terms))):
-            into.copy_(first).mul_(self.weight)
-            for piece in others:
-                _add(into, piece, 1.0)
-        return out
+        if self.sum is None:
+            self.sum = _scaled(self.base, self.weight)
+        else:
+            _accumulate(self.sum, self.base, self.weight)
+        self._multiply_onto(self.sum)
+        return self.sum
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -167,6 +169,21 @@ def merge(partials: Iterable[Partial]) -> Partial:
             total.weight += partial.weight
     if total is None:
         raise ValueError("no replies to combine")
+    return total
+
+
+def gather(total: Partial | None, partials: list[Partial]) -> Partial:
+    """Add block sums, in block order, to those before them; ``partials`` is emptied. The mean of the sum has the bits
+    of the mean of all blocks' sums."""
+    if total is None:
+        first = partials.pop(0)
+        total = Partial({n: _scaled(v, first.factor) for n, v in first.tensors.items()}, first.weight)
+    for name, value in total.tensors.items():
+        for into, *pieces in _pieces(value.view(-1), *(p.tensors[name].reshape(-1) for p in partials)):
+            for partial, piece in zip(partials, pieces):
+                _add(into, piece, partial.factor)
+    total.weight = sum((p.weight for p in partials), total.weight)
+    partials.clear()
     return total
 
 

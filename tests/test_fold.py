@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedsim.fold import Partial, WideSum, mean, merge
+from fedsim.fold import Partial, WideSum, gather, mean, merge
 from fedsim.types import LowRank
 from tests.conftest import Small
 
@@ -81,6 +81,24 @@ def test_a_block_of_one_has_the_bits_of_a_scaled_sum():
     lazy = [Partial.of(dict(t), w) for t, w in zip(tensors, weights)]
     eager = [Partial({n: v.double() * w for n, v in t.items()}, w) for t, w in zip(tensors, weights)]
     assert torch.equal(mean(lazy, tensors[0])["w"], mean([merge(eager)], tensors[0])["w"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 3), st.integers(2, 4))
+def test_gathered_sums_have_the_mean_of_all_to_the_bit(seed, count, block, together):
+    tensors, weights = clients(seed, count)
+    expected = fold(tensors, weights, block)
+    partials, total = [], None
+    for start in range(0, count, block):
+        partial = Partial.of({n: v.clone() for n, v in tensors[start].items()}, weights[start])
+        for theta, weight in list(zip(tensors, weights))[start + 1 : start + block]:
+            partial.add(theta, weight)
+        partials.append(partial)
+        if len(partials) == together:
+            total = gather(total, partials)
+            assert partials == []
+    found = mean(partials if total is None else [total, *partials], tensors[0])
+    assert all(torch.equal(found[n], v) for n, v in expected.items())
 
 
 def test_wide_sums_are_the_sums_of_what_clients_end_with():
