@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from statistics import median
 
 from fedsim.processes import ALLOCATOR
 
@@ -29,7 +30,7 @@ from fedsim.store import ClientStore
 
 KINDS = {
     "convolution": ("convolution",),
-    "matrix products": ("addmm", "::mm", "bmm", "baddbmm"),
+    "matrix products": ("addmm", "::mm", "bmm", "baddbmm", "linear_pointwise"),
     "pooling": ("pool",),
     "normalization": ("batch_norm",),
     "activation": ("clamp_min", "threshold", "relu"),
@@ -63,13 +64,16 @@ def breakdown(workload: Workload, clients: int) -> dict[str, float]:
         round_of(number)
         walls.append(time.perf_counter() - begin)
     wall = min(walls)
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        round_of(5)
+    rounds = []
+    for number in (5, 6, 7):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            round_of(number)
+        rounds.append(dict.fromkeys([*KINDS, "other operators"], 0.0))
+        for event in seen.key_averages():
+            if event.key.startswith(("aten::", "mkldnn::")):
+                rounds[-1][kind(event.key)] += event.self_cpu_time_total / 1e6
     federation.close()
-    spent = dict.fromkeys([*KINDS, "other operators"], 0.0)
-    for event in seen.key_averages():
-        if event.key.startswith("aten::"):
-            spent[kind(event.key)] += event.self_cpu_time_total / 1e6
+    spent = {k: median(each[k] for each in rounds) for k in rounds[0]}
     # The profiler's own cost falls on small operators: together they took at most the wall time without it.
     scale = 100 / max(wall, sum(spent.values()))
     shares = {k: s * scale for k, s in spent.items()}
