@@ -1,7 +1,7 @@
 """Weighted sums of client tensors: the partial sums of a block, and their combination in block order.
 
-Every product and sum is in float64 and in a fixed order (clients by number inside a block, blocks by number), so the
-mean has the same bits for any number of workers and any order of arrival.
+Every sum is in float64 and in a fixed order (clients by number inside a block, blocks by number), so the mean has the
+same bits for any number of workers and any order of arrival. So is every product but those of ``WideSum``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Partial:
         self.weight += weight
 
     def add_wide(self, base: Tensors, updates: Mapping[str, LowRank | Tensor], weight: float) -> None:
-        """The rest of the client that was added last: what it adds to ``base``, or what it ends with.
+        """The rest of a client: what it adds to ``base``, or what it ends with.
 
         A tensor must come this way from all clients of a block or from none."""
         for name, update in updates.items():
@@ -90,40 +90,33 @@ class WideSum:
         self.base, self.weight = base, 0.0
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
-        self.sum: Tensor | None = None
+        self.sum = torch.zeros(base.shape, dtype=torch.float64)
 
     def add(self, update: LowRank | Tensor, weight: float) -> None:
         """What a client adds to the base, or the tensor it ends with."""
         if isinstance(update, Tensor):
-            _accumulate(self._so_far(), update, weight)
+            _accumulate(self.sum, update, weight)
             return
-        self.weight += weight
-        self.left.append(update.left * weight)
-        self.right.append(update.right)
         if sum(map(len, self.left)) * sum(self.base.shape) > self.base.numel():  # they take more room than the matrix
-            self._multiply_onto(self._so_far())
+            self._multiply()
+        left = update.left * weight
+        self.left.append(left)
+        self.right.append(update.right)
+        self.weight += weight
 
-    def _multiply_onto(self, total: Tensor) -> None:
+    def _multiply(self) -> None:
         """Some rows at a time, so that a product is added where it is in a core's cache and never whole."""
         if self.left:
-            left, self.left = torch.cat(self.left), []
-            right, self.right = torch.cat(self.right), []
+            left, right = torch.cat(self.left), torch.cat(self.right)
+            self.left, self.right = [], []
             rows = max(1, 4 * PIECE // right.shape[1])
-            for into, columns in zip(total.split(rows), left.split(rows, dim=1)):
+            for into, columns in zip(self.sum.split(rows), left.split(rows, dim=1)):
                 into.add_(columns.t() @ right)
-
-    def _so_far(self) -> Tensor:
-        if self.sum is None:
-            self.sum = torch.zeros(self.base.shape, dtype=torch.float64)
-        return self.sum
 
     def total(self) -> Tensor:
         """float64."""
-        if self.sum is None:
-            self.sum = _scaled(self.base, self.weight)
-        else:
-            _accumulate(self.sum, self.base, self.weight)
-        self._multiply_onto(self.sum)
+        _accumulate(self.sum, self.base, self.weight)
+        self._multiply()
         return self.sum
 
 
@@ -153,25 +146,6 @@ def _accumulate(total: Tensor, value: Tensor, weight: float = 1.0) -> None:
         _add(into, piece, weight)
 
 
-def merge(partials: Iterable[Partial]) -> Partial:
-    """Combine block sums in the order given (block order).
-
-    Raises:
-        ValueError: there is nothing to combine.
-    """
-    total: Partial | None = None
-    for partial in partials:
-        if total is None:
-            total = Partial({n: v.clone() for n, v in partial.sums().items()}, partial.weight)
-        else:
-            for name, value in partial.sums().items():
-                _accumulate(total.tensors[name], value)
-            total.weight += partial.weight
-    if total is None:
-        raise ValueError("no replies to combine")
-    return total
-
-
 def gather(total: Partial | None, partials: list[Partial]) -> Partial:
     """Add block sums, in block order, to those before them; ``partials`` is emptied. The mean of the sum has the bits
     of the mean of all blocks' sums."""
@@ -184,6 +158,20 @@ def gather(total: Partial | None, partials: list[Partial]) -> Partial:
                 _add(into, piece, partial.factor)
     total.weight = sum((p.weight for p in partials), total.weight)
     partials.clear()
+    return total
+
+
+def merge(partials: Iterable[Partial]) -> Partial:
+    """Combine block sums in the order given (block order).
+
+    Raises:
+        ValueError: there is nothing to combine.
+    """
+    total: Partial | None = None
+    for partial in partials:
+        total = gather(total, [partial])
+    if total is None:
+        raise ValueError("no replies to combine")
     return total
 
 

@@ -194,10 +194,6 @@ class _Layer:
         x = _thin(gradient, self.transposed)
         return x + _thin(gradient, self.left) @ self.right if len(self.left) else x
 
-    def begin(self) -> None:
-        """Before backward, with everything as the forward pass saw it."""
-        self.seen = []
-
     def end(self, lr: float) -> None:
         """After backward: the step. Every call of the layer has used W as it was."""
         keep = 1 - lr * self.weight_decay
@@ -280,8 +276,6 @@ class FusedLinear(WholeGradients):
                 layer.start(layer.module.weight)
 
     def step(self, loss: Tensor, view: View, count: int) -> None:
-        for layer in self._layers.values():
-            layer.begin()
         # Autograd goes where somebody asks for a gradient, so it is asked for those that are None, too.
         found = dict(zip(self.params, torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)))
         with torch.no_grad():

@@ -389,11 +389,15 @@ class Worker:
             return
         tensors = {n: v[0] for n, v in tensors.items()}
         wide = {n: tensors.pop(n) if update is None else update for n, update in factors.items()}
+        # Whatever takes much memory comes first: a client is in all of the block's sums or in none.
         if result.partial is None:
-            result.partial = Partial.of({n: v.clone() for n, v in tensors.items()}, weights[0])
+            partial = Partial.of({n: v.clone() for n, v in tensors.items()}, weights[0])
+            partial.add_wide(base, wide, weights[0])
+            result.partial = partial
         else:
+            result.partial.sums()
+            result.partial.add_wide(base, wide, weights[0])
             result.partial.add(tensors, weights[0])
-        result.partial.add_wide(base, wide, weights[0])
 
     @torch.no_grad()
     def evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:

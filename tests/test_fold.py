@@ -142,6 +142,29 @@ def test_a_round_of_factors_is_a_round_of_tensors(dataset, strategy, epochs):
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("client", [0, 1])
+def test_a_client_whose_factors_find_no_memory_is_in_no_sum(dataset, monkeypatch, client):
+    sections = {"model": {"name": "mcmahan-cnn"}, "simulation": {"workers": 0, "block": 3}}
+    small, others = Small(dataset, **sections), Small(dataset, **sections)
+    object.__setattr__(small.spec, "debug", False)
+    (order,) = small.strategy.orders(1, small.federation.shared)
+    calls, add = [], WideSum.add
+
+    def failing(self, update, weight):
+        calls.append(weight)
+        if len(calls) == client + 1:
+            raise MemoryError
+        add(self, update, weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WideSum, "add", failing)
+        found = small.federation.train(order, [0, 1, 2]).mean(order.shared)
+    assert [f.client for f in small.federation.failures] == [client]
+    expected = others.federation.train(order, [c for c in range(3) if c != client]).mean(order.shared)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
 def came_as_factors(small, name):
     """Clients of a round whose update of a tensor came as factors."""
     count, add = 0, WideSum.add
