@@ -94,9 +94,15 @@ class RayPool:
         self.retries, self.limit = retries, limit
         self.retried: list[tuple[int, str]] = []
         # Ray that others keep going, or one of this pool's own
-        self.own = None if current() or ray.is_initialized() else Session(workers, address)
-        if ours := self.own or current():
-            ours.wait()
+        self.own = None if current() or ray.is_initialized() else Session(workers)
+        try:
+            if self.own:
+                self.own.start(address)
+            if ours := self.own or current():
+                ours.wait()
+        except BaseException:  # an interrupt too: nobody has this pool yet to close it
+            self.close()
+            raise
         have = ray.cluster_resources()
         if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
             self.close()

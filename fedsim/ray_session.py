@@ -45,17 +45,20 @@ class _Head(Node):
 
 
 class Session:
-    """A Ray of ``workers`` CPUs on this machine, which may still be starting, or the cluster at ``address``.
+    """A Ray of ``workers`` CPUs on this machine, or the cluster at ``address``. ``close`` it whatever ``start`` does."""
 
-    Raises:
-        ConfigError: no cluster answers at ``address``.
-    """
-
-    def __init__(self, workers: int, address: str = ""):
+    def __init__(self, workers: int):
         self.error = ""
         self._up, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, args=(workers,), name="ray", daemon=True)
         self._watchdog: Watchdog | None = None
+
+    def start(self, address: str = "") -> None:
+        """Join the cluster at ``address``, or begin to start a Ray here and return at once.
+
+        Raises:
+            ConfigError: no cluster answers at ``address``.
+        """
         if not address:
             self._watchdog = Watchdog()
             self._thread.start()
@@ -143,8 +146,11 @@ def current() -> Session | None:
 @contextlib.contextmanager
 def session(workers: int, address: str = "") -> Iterator[Session]:
     """Keep one Ray for several pools. Raises as ``Session`` does."""
-    _sessions.append(Session(workers, address))
-    try:
-        yield _sessions[0]
+    opened = Session(workers)
+    try:  # around the start too, which may be interrupted at any point
+        _sessions.append(opened)
+        opened.start(address)
+        yield opened
     finally:
-        _sessions.pop().close()
+        _sessions.clear()
+        opened.close()

@@ -124,7 +124,7 @@ def test_no_process_of_ours_or_of_ray_remains(tmp_path, numbers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("seen", [b"gcs_server", b"raylet/raylet", b"agent.py", b"ray::"])
+@pytest.mark.parametrize("seen", [b"watchdog.py", b"gcs_server", b"raylet/raylet", b"agent.py", b"ray::"])
 def test_nothing_remains_of_a_run_that_ends_while_ray_starts(tmp_path, seen, number):
     """Ended as soon as a certain process of Ray is seen, before the first round."""
     with long_run(tmp_path) as process:
@@ -138,5 +138,7 @@ def test_nothing_remains_of_a_run_that_ends_while_ray_starts(tmp_path, seen, num
         process.wait(timeout=4 * WAIT)
     assert any(seen in name for name in names.values())
     assert process.returncode == (130 if number == signal.SIGTERM else -number)
-    assert "Traceback" not in (tmp_path / "output").read_text()
+    output = (tmp_path / "output").read_text()
+    assert "Traceback" not in output
+    assert ("fedsim: interrupted" in output) == (number == signal.SIGTERM)
     assert_nothing_remains(process.pid, family)
