@@ -26,6 +26,10 @@ class Plugin:
     per_tensor: bool = False
     frugal: bool = False
 
+    def overrides(self, *hooks: str) -> bool:
+        """Whether any of these hooks is more than its default."""
+        return any(getattr(type(self), hook) is not getattr(Plugin, hook) for hook in hooks)
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Model surgery, before any weight is sent: strip layers, swap layers, add adapters, freeze."""
         return model

@@ -45,7 +45,7 @@ class _Head(Node):
 
 
 class Session:
-    """A Ray of ``workers`` CPUs on this machine, or the cluster at ``address``. ``close`` it whatever ``start`` does."""
+    """A Ray of ``workers`` CPUs on this machine, or a cluster that is there. To be closed, whatever ``start`` does."""
 
     def __init__(self, workers: int):
         self.error = ""

@@ -251,12 +251,12 @@ class FusedLinear(WholeGradients):
         stepped = {id(p) for layer in self._layers.values() for p in layer.params}
         self._rest = {n: p for n, p in params.items() if id(p) not in stepped}
         # Nobody looks at the parameters but the model.
-        self._unseen = not any(_overrides(p, "start", "finish") for p in plugins)
+        self._unseen = not any(p.overrides("start", "finish") for p in plugins)
 
     @classmethod
     def layers(cls, model: nn.Module, plugins: tuple[Plugin, ...], optimizer: SGD, params: Tensors) -> list[nn.Linear]:
         """The layers of ``model`` that may be stepped so."""
-        if optimizer.momentum or any(_overrides(p, "loss", "update", "project") for p in plugins):
+        if optimizer.momentum or any(p.overrides("loss", "update", "project") for p in plugins):
             return []
         trained = {id(p) for p in params.values()}
         owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -303,10 +303,6 @@ class FusedLinear(WholeGradients):
             del layer.module.forward
 
 
-def _overrides(plugin: Plugin, *hooks: str) -> bool:
-    return any(getattr(type(plugin), hook) is not getattr(Plugin, hook) for hook in hooks)
-
-
 def stepper(
     model: nn.Module, plugins: tuple[Plugin, ...], optimizer: Optimizer, params: Tensors, *, fuse: bool = True
 ) -> WholeGradients:
@@ -318,6 +314,6 @@ def stepper(
     """
     if fuse and isinstance(optimizer, SGD) and (layers := FusedLinear.layers(model, plugins, optimizer, params)):
         return FusedLinear(plugins, optimizer, params, layers)
-    whole = any(type(p).update is not Plugin.update and not p.per_tensor for p in plugins)
+    whole = any(p.overrides("update") and not p.per_tensor for p in plugins)
     frugal = any(p.frugal for p in plugins) and not whole
     return (InBackward if frugal else WholeGradients)(plugins, optimizer, params)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, score
 from fedsim.optim import Moments
-from fedsim.plugin import Plugin
+from fedsim.replay import Replay
 from fedsim.stepping import project, transform
 from fedsim.types import Order, Tensors, View
 
@@ -211,6 +212,9 @@ def _batched(
         return vmap(one, randomness="different")(*columns)
 
 
+_replays: WeakKeyDictionary[nn.Module, Replay] = WeakKeyDictionary()  # of the steps of a model
+
+
 @functools.cache
 def _compiled() -> Callable:
     """``_batched`` through torch's compiler, which fuses what is elementwise; made anew for each shape it meets."""
@@ -222,13 +226,18 @@ def _step(
     task: ClientTask, order: Order, stack: _Stack, x: Tensor, y: Tensor, lr: float, step: int, last: bool
 ) -> tuple[Tensor, Tensor]:
     """One local step of every client of ``stack``, which is updated. x [K, B, ...], y [K, B] -> [K], [K]."""
-    batched = _compiled() if task.compile and order.task == "train" else _batched
-    grads, stack.states, stack.buffers, loss, right = batched(
-        task, order, lr, last, stack.params, stack.buffers, stack.memory, stack.steps, stack.states, x, y
+    do: Callable = functools.partial(_batched, task, order, lr, last)
+    if order.task == "train" and task.compile:
+        do = functools.partial(_compiled(), task, order, lr, last)
+    elif order.task == "train" and not any(p.overrides("begin", "loss", "update") for p in task.plugins):
+        # Nothing in it depends on the order, so it is the same step in every round.
+        do = functools.partial(_replays.setdefault(task.model, Replay()), do)
+    grads, stack.states, stack.buffers, loss, right = do(
+        stack.params, stack.buffers, stack.memory, stack.steps, stack.states, x, y
     )
     if order.task == "train":
         task.optimizer.step(stack.params, grads, stack.moments, lr, step)
-        if any(type(p).project is not Plugin.project for p in task.plugins):
+        if any(p.overrides("project") for p in task.plugins):
             onto = lambda p, m: dict(project(task.plugins, p, View(order, m, lr)))  # noqa: E731
             stack.params = vmap(onto)(stack.params, stack.memory)
     return loss.detach(), right
