@@ -256,6 +256,7 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         store,
         cohort=plan.cohort,
         block=config.simulation.block,
+        odd_block_threads=config.simulation.odd_block_threads,
         validation=validation,
         unseen=config.federation.leave_out,
         policy=policy_of(config),

@@ -100,6 +100,9 @@ class SimulationSection(Section):
     executor: Literal["auto", "loop", "vmap"] = "auto"
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     block: Annotated[int, Field(ge=0)] = Field(0, description="clients a block; 0: by rule on cohort and model")
+    odd_block_threads: Count = Field(
+        1, description="threads for the last of an odd number of blocks, beside which a worker is idle"
+    )
     compile: bool = Field(False, description="vmap: steps through torch's compiler, for runs longer than its minute")
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     address: str = Field("", description="address of a running Ray cluster; empty: start one here")

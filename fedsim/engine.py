@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.errors import FedsimError
-from fedsim.fold import Partial, gather, mean, merge
+from fedsim.fold import Partial, gather, mean, merge, settled
 from fedsim.guard import WELL_FORMED, Policy
 from fedsim.packing import States
 from fedsim.pool import Pool, WorkerLost
@@ -60,6 +60,8 @@ class Federation:
         spec: what the workers were built from.
         cohort: clients sampled in a round.
         block: clients of a block (the unit of scheduling, of vectorisation and of partial sums).
+        odd_block_threads: threads for the last block if their number is odd. Sums over threads have other bits, so they
+            are the configuration's, whatever workers there are.
         validation: held-out training examples of each client, if any.
         unseen: a domain that no client holds, or "".
         policy: what is asked of updates. needs: updates without which the server rule cannot work.
@@ -74,6 +76,7 @@ class Federation:
         *,
         cohort: int,
         block: int,
+        odd_block_threads: int = 1,
         validation: Sequence[np.ndarray] | None = None,
         unseen: str = "",
         policy: Policy = WELL_FORMED,
@@ -81,7 +84,7 @@ class Federation:
         never_sampled: str = "initial",
     ):
         self.spec, self.pool, self.store = spec, pool, store
-        self.cohort, self.block = cohort, block
+        self.cohort, self.block, self.odd_block_threads = cohort, block, odd_block_threads
         self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
         _, self.private = spec.task.initial()
         self.policy, self.needs = policy, needs
@@ -146,7 +149,7 @@ class Federation:
                 result.partial = None
             if len(partials) == TOGETHER:
                 total = gather(total, partials)
-        partials = partials if total is None else [total, *partials]
+        partials = settled(partials if total is None else [total, *partials], order.shared)
         replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:
@@ -164,7 +167,7 @@ class Federation:
     def _results(self, order: Order, clients: Sequence[int]) -> Iterator[BlockResult]:
         """Results in block order, as soon as they and all before them are there; the new states are staged."""
         self.store.discard()
-        calls = _Calls(sorted(clients), self.block, self.states)
+        calls = _Calls(cut(sorted(clients), self.block), self.states, self.odd_block_threads)
         self.failures, self.dropped = [], 0
         narrowed: list[Narrowed] = []
         early: dict[int, BlockResult] = {}
@@ -289,13 +292,17 @@ class Federation:
         return [self.spec.dataset.domains[d] for d in present]
 
 
-class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
+class _Calls(Sequence[tuple[list[int], States, int]]):
     """The arguments of every block's training. States are read when a pool asks for a block's, so that those of a few
     blocks are in memory at a time and reading them hides behind training."""
 
-    def __init__(self, clients: Sequence[int], block: int, states: Callable[[Sequence[int]], list[ClientState]]):
-        self.blocks = cut(clients, block)
-        self.states = states
+    def __init__(
+        self, blocks: list[list[int]], states: Callable[[Sequence[int]], list[ClientState]], odd_block_threads: int
+    ):
+        self.blocks, self.states = blocks, states
+        self.threads = [1] * len(blocks)
+        if len(blocks) % 2:
+            self.threads[-1] = odd_block_threads
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -304,4 +311,4 @@ class _Calls(Sequence[tuple[list[int], list[ClientState]]]):
         return self.blocks[number]
 
     def __getitem__(self, number: Any) -> Any:
-        return self.blocks[number], States(self.states(self.blocks[number]))
+        return self.blocks[number], States(self.states(self.blocks[number])), self.threads[number]

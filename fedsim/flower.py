@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedsim.fold import Partial
+from fedsim.fold import Partial, settled
 from fedsim.guard import (
     WELL_FORMED,
     Offenders,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = getLogger("fedsim")
 CONFIG, SHARED, EXTRA, REPORT, METRICS, PARTIAL = "fedsim", "shared", "extra", "report", "metrics", "partial"
+BASE = "base."  # in CONFIG, before a name: how often the order's tensor has still to be added to a block's sum
 
 
 def order_content(order: Order, number: int = 0) -> RecordDict:
@@ -97,7 +98,8 @@ def reply_content(
     )
     if partial is not None:
         content[PARTIAL] = to_dense_arrays(partial.sums())
-        content[CONFIG] = ConfigRecord({"weight": partial.weight})
+        base = {BASE + name: times for name, times in partial.base.items()}
+        content[CONFIG] = ConfigRecord({"weight": partial.weight, **base})
     return content
 
 
@@ -116,8 +118,10 @@ def read_reply(content: RecordDict, orders: Sequence[Order]) -> tuple[Reply, int
     reply = Reply(client, examples, shared, report, metrics)
     if PARTIAL not in content:
         return reply, number, None
-    weight = float(content[CONFIG]["weight"])  # type: ignore[index, arg-type]
-    return reply, number, Partial(to_tensors(content[PARTIAL]), weight)  # type: ignore[arg-type]
+    config: dict[str, Any] = dict(content[CONFIG])  # type: ignore[arg-type]
+    base = {name.removeprefix(BASE): float(times) for name, times in config.items() if name.startswith(BASE)}
+    sums = to_tensors(content[PARTIAL])  # type: ignore[arg-type]
+    return reply, number, Partial(sums, float(config["weight"]), base=base)
 
 
 class FlowerMethods(FlowerStrategy):
@@ -282,6 +286,6 @@ def collect(
             del replies[node]
     by_client = lambda replies: sorted(replies.values(), key=lambda r: r.client)  # noqa: E731
     return [
-        Replies(by_client(s), [p for _, p in sorted(ps.items())], order.weighting, population)
+        Replies(by_client(s), settled([p for _, p in sorted(ps.items())], order.shared), order.weighting, population)
         for s, ps, order in zip(singles, partials, orders)
     ]

@@ -1,7 +1,7 @@
 """Weighted sums of client tensors: the partial sums of a block, and their combination in block order.
 
-Every sum is in float64 and in a fixed order (clients by number inside a block, blocks by number), so the mean has the
-same bits for any number of workers and any order of arrival. So is every product but those of ``WideSum``.
+Every sum is in a fixed order (clients by number inside a block, blocks by number), so the mean has the same bits for
+any number of workers and any order of arrival. It is in float64, as is every product, but for those of ``WideSum``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ class Partial:
     """sum_k p_k theta_k and sum_k p_k over the clients of one block.
 
     A block of one client keeps its tensors as they are, since 1 * theta needs no float64: half the traffic.
-    ``wide`` holds the sums of tensors that are not known as tensors until the block is complete.
+
+    Attributes:
+        base: how often the order's own tensor has still to be added to the sum of that name (``settled`` does it).
+        wide: the sums of tensors that are not known as tensors until the block is complete.
     """
 
     tensors: Tensors
     weight: float
     scaled: bool = True
+    base: dict[str, float] = field(default_factory=dict)
     wide: dict[str, WideSum] = field(default_factory=dict)
 
     @property
@@ -70,6 +74,7 @@ class Partial:
         """All clients of the block have been added."""
         if self.wide:
             self.tensors = self.sums() | {name: wide.total() for name, wide in self.wide.items()}
+            self.base = {name: wide.weight for name, wide in self.wide.items() if wide.weight}
             self.wide = {}
 
     def sums(self) -> Tensors:
@@ -80,24 +85,28 @@ class Partial:
 
 
 class WideSum:
-    """sum_k p_k (base + left_k^T right_k) over the clients of a block, as one product of all their factors: a matrix
-    is passed through once for a block, where single clients' would be written, checked and summed in float64 each.
+    """sum_k p_k (base + left_k^T right_k) over the clients of a block, but for the base: ``weight`` is how often it has
+    still to be added. The updates' sum is one product of all their factors: a matrix is passed through once for a
+    block, where single clients' would be written, checked and summed in float64 each.
 
     The product is in the tensors' own precision; what it rounds is the update, not the weight.
     """
 
     def __init__(self, base: Tensor):
-        self.base, self.weight = base, 0.0
+        self.like, self.weight = base, 0.0
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
-        self.sum = torch.zeros(base.shape, dtype=torch.float64)
+        self.updates: Tensor | None = None
+        self.dense: Tensor | None = None
 
     def add(self, update: LowRank | Tensor, weight: float) -> None:
         """What a client adds to the base, or the tensor it ends with."""
         if isinstance(update, Tensor):
-            _accumulate(self.sum, update, weight)
+            if self.dense is None:
+                self.dense = torch.zeros(self.like.shape, dtype=torch.float64)
+            _accumulate(self.dense, update, weight)
             return
-        if sum(map(len, self.left)) * sum(self.base.shape) > self.base.numel():  # they take more room than the matrix
+        if sum(map(len, self.left)) * sum(self.like.shape) > self.like.numel():  # they take more room than the matrix
             self._multiply()
         left = update.left * weight
         self.left.append(left)
@@ -105,19 +114,20 @@ class WideSum:
         self.weight += weight
 
     def _multiply(self) -> None:
-        """Some rows at a time, so that a product is added where it is in a core's cache and never whole."""
-        if self.left:
-            left, right = torch.cat(self.left), torch.cat(self.right)
-            self.left, self.right = [], []
-            rows = max(1, 4 * PIECE // right.shape[1])
-            for into, columns in zip(self.sum.split(rows), left.split(rows, dim=1)):
-                into.add_(columns.t() @ right)
+        left, right = torch.cat(self.left), torch.cat(self.right)
+        self.left, self.right = [], []
+        self.updates = left.t() @ right if self.updates is None else self.updates.addmm_(left.t(), right)
 
     def total(self) -> Tensor:
-        """float64."""
-        _accumulate(self.sum, self.base, self.weight)
-        self._multiply()
-        return self.sum
+        """In the tensors' own precision if no client ended with a tensor, else float64."""
+        if self.left:
+            self._multiply()
+        if self.dense is None:
+            assert self.updates is not None, "a client has been added"
+            return self.updates
+        if self.updates is not None:
+            _accumulate(self.dense, self.updates)
+        return self.dense
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -151,14 +161,27 @@ def gather(total: Partial | None, partials: list[Partial]) -> Partial:
     of the mean of all blocks' sums."""
     if total is None:
         first = partials.pop(0)
-        total = Partial({n: _scaled(v, first.factor) for n, v in first.tensors.items()}, first.weight)
+        total = Partial({n: _scaled(v, first.factor) for n, v in first.tensors.items()}, first.weight, base=first.base)
     for name, value in total.tensors.items():
         for into, *pieces in _pieces(value.view(-1), *(p.tensors[name].reshape(-1) for p in partials)):
             for partial, piece in zip(partials, pieces):
                 _add(into, piece, partial.factor)
     total.weight = sum((p.weight for p in partials), total.weight)
+    for partial in partials:
+        total.base = {n: total.base.get(n, 0.0) + partial.base.get(n, 0.0) for n in {**total.base, **partial.base}}
     partials.clear()
     return total
+
+
+def settled(partials: list[Partial], base: Tensors) -> list[Partial]:
+    """The same sums, as one if there was something still to be added to them: ``base`` are the order's tensors."""
+    if not any(p.base for p in partials):
+        return partials
+    total = gather(None, partials)
+    for name, times in total.base.items():
+        _accumulate(total.tensors[name], base[name], times)
+    total.base = {}
+    return [total]
 
 
 def merge(partials: Iterable[Partial]) -> Partial:

@@ -218,8 +218,17 @@ class Worker:
     def _on_device(self, tensors: Tensors) -> Tensors:
         return tensors if self.device.type == "cpu" else {n: v.to(self.device) for n, v in tensors.items()}
 
-    def train(self, order: Order, clients: Sequence[int], states: Sequence[ClientState]) -> BlockResult:
+    def train(
+        self, order: Order, clients: Sequence[int], states: Sequence[ClientState], threads: int = 1
+    ) -> BlockResult:
         """Carry out an order for a block of clients (ascending numbers), each with its private state."""
+        torch.set_num_threads(threads)
+        try:
+            return self._train(order, clients, states)
+        finally:
+            torch.set_num_threads(1)
+
+    def _train(self, order: Order, clients: Sequence[int], states: Sequence[ClientState]) -> BlockResult:
         spec, result = self.spec, BlockResult()
         lr = order.scalars.get("lr", None)
         if lr is None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedsim.fold import Partial, WideSum, gather, mean, merge
+from fedsim.fold import Partial, WideSum, gather, mean, merge, settled
 from fedsim.types import LowRank
 from tests.conftest import Small
 
@@ -115,11 +115,37 @@ def test_wide_sums_are_the_sums_of_what_clients_end_with():
     dense = draw(30, 40)
     partial.add_wide({"w": base}, {"w": dense}, 7.0)
     partial.complete()
+    (partial,) = settled([partial], {"w": base})
     np.testing.assert_allclose(
         partial.tensors["w"].numpy(), expected + 7 * dense.double().numpy(), rtol=1e-5, atol=1e-4
     )
     assert partial.tensors["w"].dtype == torch.float64
     assert partial.factor == 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.lists(st.booleans(), min_size=1, max_size=9))
+def test_blocks_of_updates_and_of_tensors_have_one_mean(seed, block, factored):
+    """Whatever clients of a block ended with a tensor, and whatever blocks were added before the last came."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    base, count = draw(20, 30), len(factored)
+    weights = torch.randint(1, 500, (count,), generator=g).double()
+    updates = [LowRank(draw(3, 20), draw(3, 30)) if f else draw(20, 30) for f in factored]
+    ends = [u if isinstance(u, torch.Tensor) else base + u.left.T @ u.right for u in updates]
+    expected = np.average(torch.stack(ends).double().numpy(), axis=0, weights=weights.numpy())
+    blocks, total = [], None
+    for start in range(0, count, block):
+        blocks.append(Partial.of({}, 0.0))
+        for update, weight in list(zip(updates, weights.tolist()))[start : start + block]:
+            blocks[-1].add_wide({"w": base}, {"w": update}, weight)
+            blocks[-1].add({}, weight)
+        blocks[-1].complete()
+    together = mean(settled([*blocks], {"w": base}), {"w": base})["w"]
+    torch.testing.assert_close(together.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    for one in blocks:
+        total = gather(total, [one])
+    assert torch.equal(mean(settled([total], {"w": base}), {"w": base})["w"], together)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,15 +43,8 @@ def shards(workload: Workload, dataset: Dataset) -> Partition:
     return Partition(indices, offsets, domain, dataset.domains)
 
 
-def configuration(
-    workload: Workload,
-    rounds: int,
-    executor: str,
-    workers: int,
-    block: int,
-    precision: str = "full",
-    compile: bool = False,
-) -> Config:
+def configuration(workload: Workload, rounds: int, precision: str = "full", **simulation: Any) -> Config:
+    """Args: keys of fedsim's ``[simulation]``, and ``precision`` of its ``[training]``."""
     return parse_config(
         {
             "rounds": rounds,
@@ -58,7 +52,7 @@ def configuration(
             "model": {"name": workload.model, "norm": "bn" if workload.model == "digits-cnn" else "none"},
             "training": {"batch-size": workload.batch, "lr": workload.lr, "shuffle": False, "precision": precision},
             "algorithm": {"strategy": "fedbn" if workload.private else "fedavg"},
-            "simulation": {"executor": executor, "workers": workers, "block": block, "compile": compile},
+            "simulation": {name.replace("_", "-"): value for name, value in simulation.items()},
         }
     )
 
@@ -72,19 +66,11 @@ def _start_from(neutral: nn.Module, model: nn.Module) -> dict[str, str]:
     return dict(zip(theirs, (name for name, _ in neutral.named_parameters())))
 
 
-def run(
-    workload: Workload,
-    rounds: int,
-    executor: str = "auto",
-    workers: int = 2,
-    block: int = 0,
-    precision: str = "full",
-    compile: bool = False,
-) -> Result:
-    """Args: executor, workers, block, compile: keys of fedsim's ``[simulation]``; precision: of its ``[training]``."""
+def run(workload: Workload, rounds: int, **options: Any) -> Result:
+    """Args: as ``configuration``'s."""
     begin = time.perf_counter()
     data = dataset(workload)
-    config = configuration(workload, rounds, executor, workers, block, precision, compile)
+    config = configuration(workload, rounds, **options)
     prepared = plan(config, (data, shards(workload, data), None))
     names = _start_from(build_model(workload), prepared.task.model)
     federation, strategy = federation_of(prepared, ClientStore(), debug=True), prepared.strategy
@@ -108,7 +94,7 @@ def run(
         federation.close()
     loss = final_loss(workload, {names[n]: v for n, v in strategy.model(state).items() if n in names}, personal)
     simulation = prepared.config.simulation
-    chosen = {"executor": simulation.executor, "workers": workers, "block": simulation.block}
+    chosen = {"executor": simulation.executor, "workers": simulation.workers, "block": simulation.block}
     packages = ("fedsim-domains", "torch", "numpy", "ray")
     return result(
         "fedsim", workload.name, stamps, loss, *packages, **chosen, start_up=f"{start_up:.1f} s", driver=f"{driver} MB"
@@ -122,7 +108,6 @@ if __name__ == "__main__":
     parser.add_argument("--block", type=int, default=0, help="clients a block; 0: fedsim's own rule (default: 0)")
     parser.add_argument("--precision", default="full", choices=("full", "bf16"), help="(default: full)")
     parser.add_argument("--compile", action="store_true", help="vmap's steps through torch's compiler")
-    chosen = parser.parse_args()
-    options = (chosen.executor, chosen.workers, chosen.block, chosen.precision, chosen.compile)
-    outcome = run(workload(chosen.workload), chosen.rounds, *options)
-    print(outcome.line())
+    parser.add_argument("--odd-block-threads", type=int, default=1, help="for the last of an odd number of blocks")
+    chosen = vars(parser.parse_args())
+    print(run(workload(chosen.pop("workload")), **chosen).line())
