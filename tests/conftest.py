@@ -105,7 +105,12 @@ class Small:
         )
         size = self.config.simulation.block or block_size(executor, len(self.shards), 1 << 20)
         self.federation = Federation(
-            self.spec, (pool or InProcess)(self.spec), ClientStore(), cohort=len(self.shards), block=size
+            self.spec,
+            (pool or InProcess)(self.spec),
+            ClientStore(),
+            cohort=len(self.shards),
+            block=size,
+            odd_block_threads=self.config.simulation.odd_block_threads,
         )
 
     def run(self, rounds: int = 3):

@@ -10,6 +10,7 @@ from fedsim.checkpoint import state_sha256
 from fedsim.pool import InProcess, WorkerLost
 from fedsim.registry import parts, presets
 from fedsim.types import Order
+from fedsim.worker import Worker
 from tests.conftest import Small
 
 PUBLIC = {"federation": {"public-per-class": 1}}  # for methods that score weights on the server
@@ -49,6 +50,32 @@ def test_one_hash_for_any_number_of_workers(dataset, ray_session, workers, strat
     found = state_sha256(small.run(2))
     small.federation.pool.close()
     assert found == alone
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_threads_of_an_odd_block_follow_the_configuration_not_the_workers(dataset, ray_session, workers):
+    from fedsim.ray_pool import RayPool
+
+    pool = lambda spec: RayPool(spec, workers)  # noqa: E731
+    sections = {"simulation": {"block": 1, "odd-block-threads": 2}}
+    small = Small(dataset, pool=pool, **sections)
+    found = state_sha256(small.run(2))
+    small.federation.pool.close()
+    assert found == state_sha256(Small(dataset, **sections).run(2))
+
+
+@pytest.mark.parametrize(("block", "expected"), [(1, [1, 1, 2]), (2, [1, 1]), (3, [2])])
+def test_an_odd_block_has_its_threads(dataset, monkeypatch, block, expected):
+    seen, train = [], Worker._train
+
+    def spy(*arguments):
+        seen.append(torch.get_num_threads())
+        return train(*arguments)
+
+    monkeypatch.setattr(Worker, "_train", spy)
+    Small(dataset, simulation={"block": block, "odd-block-threads": 2}).run(1)
+    assert seen == expected
+    assert torch.get_num_threads() == 1
 
 
 def test_another_seed_gives_other_numbers(dataset):

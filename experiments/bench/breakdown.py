@@ -34,7 +34,7 @@ KINDS = {
     "pooling": ("pool",),
     "normalization": ("batch_norm",),
     "activation": ("clamp_min", "threshold", "relu"),
-    "loss": ("softmax", "nll_loss", "exp", "log", "gather", "scatter", "amax", "argmax"),
+    "loss": ("softmax", "nll_loss", "exp", "log", "gather", "scatter", "amax", "::max"),
     "finite values": ("aminmax", "isfinite"),
     "copies, sums, steps": ("copy_", "add", "mul", "::mv", "sum", "div", "clone", "index", "cat", "stack", "sub"),
 }

@@ -1,0 +1,149 @@
+"""Steps replayed as the operators they come to: the bits of the steps themselves, or no replay."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from fedsim import vectorized
+from fedsim.checkpoint import state_sha256
+from fedsim.replay import Replay
+from tests.conftest import Small
+
+
+class Never(Replay):
+    def __call__(self, function, *columns):
+        return function(*columns)
+
+
+def replays(monkeypatch, kind=Replay):
+    """Those that the runs from now on make."""
+    made = []
+
+    def make():
+        made.append(kind())
+        return made[-1]
+
+    monkeypatch.setattr(vectorized, "Replay", make)
+    return made
+
+
+def records(replay):
+    return [found for found in replay.known.values() if isinstance(found, tuple)]
+
+
+@pytest.mark.parametrize("precision", ["full", "bf16"])
+@pytest.mark.parametrize(
+    ("strategy", "model"),
+    [
+        ("fedavg", {"name": "logistic"}),
+        ("fedbn", {"name": "small-cnn", "norm": "bn"}),
+        ("fedavg", {"name": "small-cnn", "norm": "gn"}),
+        ("fedavg", {"name": "mcmahan-cnn"}),
+    ],
+)
+def test_replayed_steps_have_the_bits_of_steps(dataset, monkeypatch, strategy, model, precision):
+    sections = {
+        "algorithm": {"strategy": strategy},
+        "model": model,
+        "training": {"precision": precision, "batch-size": 7},
+        "simulation": {"executor": "vmap"},
+    }
+    with monkeypatch.context() as patch:
+        replays(patch, Never)
+        expected = Small(dataset, **sections).run(4)
+    made = replays(monkeypatch)
+    found = Small(dataset, **sections).run(4)
+    assert any(records(replay) for replay in made), "something was replayed"
+    assert state_sha256(found) == state_sha256(expected)
+
+
+@pytest.mark.parametrize("strategy", ["fedprox", "fedwon", "fedtiny", "fedhyper-g-cl", "fedrep"])
+def test_what_may_follow_the_order_is_not_replayed(dataset, monkeypatch, strategy):
+    made = replays(monkeypatch)
+    small = Small(dataset, algorithm={"strategy": strategy}, simulation={"executor": "vmap"})
+    small.run(2)
+    hooked = any(p.overrides("begin", "loss", "update") for p in small.task.plugins)
+    assert bool(made) != hooked
+
+
+def of_clients(model, x, y):
+    """Gradients and losses of a step of stacked clients, and their buffers after it."""
+
+    def loss(params, buffers, x, y):
+        buffers = {n: v.clone() for n, v in buffers.items()}
+        return nn.functional.mse_loss(functional_call(model, {**params, **buffers}, (x,)), y), buffers
+
+    def step(params, buffers, x, y):
+        one = lambda *columns: grad_and_value(loss, has_aux=True)(*columns)  # noqa: E731
+        return vmap(one, randomness="different")(params, buffers, x, y)
+
+    k = len(x)
+    params = {n: v.detach().expand(k, *v.shape).clone() for n, v in model.named_parameters()}
+    buffers = {n: v.expand(k, *v.shape).clone() for n, v in model.named_buffers()}
+    return step, (params, buffers, x, y)
+
+
+def equal(a, b):
+    flat = lambda tree: torch.utils._pytree.tree_flatten(tree)[0]  # noqa: E731
+    return all(torch.equal(u, v) for u, v in zip(flat(a), flat(b), strict=True))
+
+
+def test_dropout_draws_anew_and_what_it_would_draw():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2))
+    step, columns = of_clients(model, torch.randn(3, 5, 6), torch.randn(3, 5, 2))
+    torch.manual_seed(1)
+    expected = [step(*columns) for _ in range(6)]
+    torch.manual_seed(1)
+    replay = Replay()
+    found = [replay(step, *columns) for _ in range(6)]
+    assert len(records(replay)) == 1
+    assert all(map(equal, found, expected))
+    assert not equal(found[4], found[5])
+
+
+def test_values_of_inputs_are_read_anew():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    step, (params, buffers, x, y) = of_clients(model, torch.randn(3, 5, 1, 6, 6), torch.randn(3, 5, 2))
+    replay = Replay()
+    for _ in range(5):
+        params = {n: v + 0.1 for n, v in params.items()}
+        x = x + 1
+        assert equal(replay(step, params, buffers, x, y), step(params, buffers, x, y))
+    assert len(records(replay)) == 1
+
+
+def test_a_function_that_reads_another_tensor_is_called_every_time():
+    other = torch.ones(3)
+    replay = Replay()
+    for _ in range(5):
+        assert torch.equal(replay(lambda x, other=other: x + other, torch.zeros(3)), other)
+        other = other + 1
+    assert not records(replay)
+
+
+def test_shapes_strides_types_and_names_are_told_apart():
+    replay = Replay()
+    double = lambda tree: {n: v * 2 for n, v in tree.items()}  # noqa: E731
+    trees = [
+        {"a": torch.ones(2, 3)},
+        {"a": torch.ones(3, 2).t()},
+        {"a": torch.ones(2, 3, dtype=torch.float64)},
+        {"b": torch.ones(2, 3)},
+        {"a": torch.ones(2, 3), "b": torch.ones(2)},
+        {},
+    ]
+    for _ in range(4):
+        for tree in trees:
+            found = replay(double, tree)
+            assert found.keys() == tree.keys()
+            assert all(torch.equal(found[n], v * 2) and found[n].dtype == v.dtype for n, v in tree.items())
+    assert len(records(replay)) == len(trees)
+
+
+def test_no_more_records_are_kept_than_allowed():
+    replay = Replay()
+    for size in range(1, 2 * Replay.KEPT):
+        for _ in range(4):
+            assert replay(lambda x: x + 1, torch.zeros(size)).sum() == size
+    assert len(replay.known) == Replay.KEPT
