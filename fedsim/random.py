@@ -14,7 +14,7 @@ PURPOSES = (
     "sample",  # which clients a round trains
     "batches",  # order of a client's examples
     "augment",
-    "dropout",
+    "dropout",  # what a model draws: torch's own generator is seeded before clients are trained
     "server",  # the server half of a strategy
     "client",  # the client half of a strategy
     "evaluate",

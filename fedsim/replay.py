@@ -98,7 +98,7 @@ def _flatten(tree: Any, leaves: list[Tensor]) -> Iterator[Any]:
     """What tells a tree from others, but for its tensors' values. ``leaves`` gets its tensors."""
     if isinstance(tree, Tensor):
         leaves.append(tree)
-        yield tree.shape, tree.stride(), tree.dtype
+        yield tree.shape, tree.stride(), tree.dtype, tree.device
     else:
         yield tuple(tree) if isinstance(tree, dict) else len(tree)
         for part in tree.values() if isinstance(tree, dict) else tree:
@@ -109,8 +109,11 @@ def _record(
     function: Callable, inputs: Sequence[Tensor], columns: Sequence[Any]
 ) -> tuple[Any, tuple[Callable, TreeSpec] | None]:
     """(the function's result, what replays it; None: it cannot be replayed)."""
-    with _Recorder(inputs) as recorder:
-        result = function(*columns)
+    try:
+        with _Recorder(inputs) as recorder:
+            result = function(*columns)
+    except Exception:  # an operator that no mode may look at; what is wrong with the function itself shows again
+        return function(*columns), None
     outputs, spec = tree_flatten(result)
     recorder.graph.output([recorder.node(output) for output in outputs])
     if recorder.foreign:

@@ -29,7 +29,7 @@ from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
 from fedsim.optim import learning_rate
 from fedsim.packing import States
 from fedsim.packing import rows as rows_of
-from fedsim.random import generator
+from fedsim.random import generator, torch_generator
 from fedsim.types import FOLDED, ClientState, LowRank, Order, ReplyColumns, Tensors
 from fedsim.vectorized import run_vmap, score_stacked, stacks_models
 
@@ -299,6 +299,8 @@ class Worker:
         """Train clients at once. If that fails it is tried again in halves, down to single clients: memory may suffice
         for fewer, and a client that cannot be trained is found without costing the others. The block's sum is the same
         block's in any case, so the loop's bits stay; those of vmap depend on how many clients it stacks."""
+        draw = torch_generator(self.spec.seed, round=order.round, client=block.clients[0], purpose="dropout")
+        torch.manual_seed(draw.initial_seed())
         try:
             for outcomes in EXECUTORS[self.spec.executor](self.task, order, block, lr, fetch):
                 self._accept(order, outcomes, result)

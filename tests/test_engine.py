@@ -78,6 +78,35 @@ def test_an_odd_block_has_its_threads(dataset, monkeypatch, block, expected):
     assert torch.get_num_threads() == 1
 
 
+def with_dropout(pool):
+    """A pool whose clients train the model with dropout after each activation."""
+
+    def make(spec):
+        for module in [m for m in spec.task.model.modules() if not isinstance(m, torch.nn.ReLU)]:
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.ReLU):
+                    setattr(module, name, torch.nn.Sequential(child, torch.nn.Dropout(0.3)))
+        return pool(spec)
+
+    return make
+
+
+@pytest.mark.parametrize("executor", ["loop", "vmap"])
+def test_what_a_model_draws_does_not_depend_on_the_workers(dataset, ray_session, executor):
+    from fedsim.ray_pool import RayPool
+
+    sections = {"simulation": {"executor": executor, "block": 1}}
+    alone, backwards = (
+        state_sha256(Small(dataset, pool=with_dropout(p), **sections).run(4)) for p in (InProcess, Backwards)
+    )
+    assert backwards == alone != state_sha256(Small(dataset, **sections).run(4))
+    for workers in (1, 2):
+        small = Small(dataset, pool=with_dropout(lambda spec, workers=workers: RayPool(spec, workers)), **sections)
+        found = state_sha256(small.run(4))
+        small.federation.pool.close()
+        assert found == alone
+
+
 def test_another_seed_gives_other_numbers(dataset):
     assert state_sha256(Small(dataset, seed=0).run(1)) != state_sha256(Small(dataset, seed=1).run(1))
 

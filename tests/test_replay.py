@@ -7,7 +7,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim import vectorized
 from fedsim.checkpoint import state_sha256
-from fedsim.replay import Replay
+from fedsim.replay import Replay, _Recorder
 from tests.conftest import Small
 
 
@@ -120,6 +120,44 @@ def test_a_function_that_reads_another_tensor_is_called_every_time():
         assert torch.equal(replay(lambda x, other=other: x + other, torch.zeros(3)), other)
         other = other + 1
     assert not records(replay)
+
+
+def test_what_cannot_be_written_down_is_called_every_time(monkeypatch):
+    def refuses(*arguments):
+        raise NotImplementedError
+
+    monkeypatch.setattr(_Recorder, "__torch_dispatch__", refuses)
+    replay = Replay()
+    for _ in range(5):
+        assert replay(lambda x: x + 1, torch.zeros(3)).sum() == 3
+    assert list(replay.known.values()) == [None]
+
+
+class Doubled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_functions_with_their_own_backward_are_replayed():
+    class Model(nn.Linear):
+        def forward(self, x):
+            return Doubled.apply(super().forward(x))
+
+    step, columns = of_clients(Model(4, 2), torch.randn(3, 5, 4), torch.randn(3, 5, 2))
+    replay = Replay()
+    assert all(equal(replay(step, *columns), step(*columns)) for _ in range(5))
+    assert len(records(replay)) == 1
 
 
 def test_shapes_strides_types_and_names_are_told_apart():
