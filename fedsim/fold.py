@@ -96,7 +96,8 @@ class WideSum:
         self.like, self.weight = base, 0.0
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
-        self.updates: Tensor | None = None
+        self.updates = torch.empty(base.shape, dtype=base.dtype)  # now, where a client may fail for want of memory
+        self.multiplied = False
         self.dense: Tensor | None = None
 
     def add(self, update: LowRank | Tensor, weight: float) -> None:
@@ -115,17 +116,19 @@ class WideSum:
 
     def _multiply(self) -> None:
         left, right = torch.cat(self.left), torch.cat(self.right)
-        self.left, self.right = [], []
-        self.updates = left.t() @ right if self.updates is None else self.updates.addmm_(left.t(), right)
+        if self.multiplied:
+            self.updates.addmm_(left.t(), right)
+        else:
+            torch.mm(left.t(), right, out=self.updates)
+        self.multiplied, self.left, self.right = True, [], []
 
     def total(self) -> Tensor:
         """In the tensors' own precision if no client ended with a tensor, else float64."""
         if self.left:
             self._multiply()
         if self.dense is None:
-            assert self.updates is not None, "a client has been added"
             return self.updates
-        if self.updates is not None:
+        if self.multiplied:
             _accumulate(self.dense, self.updates)
         return self.dense
 

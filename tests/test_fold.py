@@ -123,6 +123,24 @@ def test_wide_sums_are_the_sums_of_what_clients_end_with():
     assert partial.factor == 1.0
 
 
+def test_a_product_that_finds_no_memory_costs_no_client_before_it(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    base, update = torch.zeros(20, 30), LowRank(torch.randn(13, 20, generator=g), torch.randn(13, 30, generator=g))
+    found = WideSum(base)
+    found.add(update, 2.0)
+
+    def fails(*arguments, **named):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", fails)
+        with pytest.raises(MemoryError):
+            found.add(update, 3.0)
+    found.add(update, 4.0)
+    assert found.weight == 6.0
+    torch.testing.assert_close(found.total(), 6 * update.left.T @ update.right)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.lists(st.booleans(), min_size=1, max_size=9))
 def test_blocks_of_updates_and_of_tensors_have_one_mean(seed, block, factored):
