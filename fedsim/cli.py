@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +11,7 @@ from typing import Annotated
 import click
 import typer
 
+from fedsim import interrupts
 from fedsim.errors import FedsimError
 
 app = typer.Typer(
@@ -52,7 +51,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a configuration, or compare several; ends with a table and pictures of accuracy per domain."""
-    _interruptible()
+    interrupts.raise_in_main_thread()
     from fedsim.recipes import quick_recipe, run_all
 
     overrides = list(set or [])
@@ -60,20 +59,6 @@ def run(
     overrides += [f"simulation.workers={workers}"] if workers is not None else []
     seeds = _seeds(seed) if seed is not None else None
     run_all(config or quick_recipe(), overrides, out, seeds, debug=debug)
-
-
-_interrupted = threading.Event()  # in this call of ``main``, before the first round or after the last
-
-
-def _interruptible() -> None:
-    """SIGINT and SIGTERM end the command before its first round and after its last; in between see ``fedsim.run``."""
-
-    def interrupt(number: int, frame: object) -> None:
-        _interrupted.set()
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
 
 
 def _seeds(text: str) -> list[int]:
@@ -95,7 +80,7 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Continue a run that was stopped or killed; it ends with the bits of an undisturbed one."""
-    _interruptible()
+    interrupts.raise_in_main_thread()
     from fedsim.recipes import report
     from fedsim.run import resume as continue_run
 
@@ -120,7 +105,7 @@ def sweep(
     under way after their round). A grid of two keys
     (beside the seed) ends with a heat map, rows the first key's values, and its figures as tables.
     """
-    _interruptible()
+    interrupts.raise_in_main_thread()
     from fedsim.sweep import best, draw_grid, parse_grid
     from fedsim.sweep import sweep as run_sweep
 
@@ -204,16 +189,17 @@ def main() -> None:
     """Entry point of the ``fedsim`` command."""
     debug = "--debug" in sys.argv
     started = time.time()
-    _interrupted.clear()
+    interrupts.asked.clear()
     try:
         _mount()
         try:
             code = app(standalone_mode=False, prog_name="fedsim")
         except Exception:
             # Interrupted in the middle of an import, a module stays half loaded, and what it lacks is missed elsewhere.
-            if _interrupted.is_set():
+            if interrupts.asked.is_set():
                 raise KeyboardInterrupt from None
             raise
+        interrupts.raise_if_asked()
         if code == 130:  # typer's word for an interrupt
             raise KeyboardInterrupt
         sys.exit(code)

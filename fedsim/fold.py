@@ -64,11 +64,14 @@ class Partial:
         self.weight += weight
 
     def add_wide(self, base: Tensors, updates: Mapping[str, LowRank | Tensor], weight: float) -> None:
-        """The rest of a client: what it adds to ``base``, or what it ends with.
+        """The rest of a client: what it adds to ``base``, or what it ends with. It is added to all sums or to none.
 
         A tensor must come this way from all clients of a block or from none."""
-        for name, update in updates.items():
-            self.wide.setdefault(name, WideSum(base[name])).add(update, weight)
+        for name in updates.keys() - self.wide.keys():
+            self.wide[name] = WideSum(base[name])
+        ready = {name: self.wide[name].ready(update, weight) for name, update in updates.items()}
+        for name, update in ready.items():
+            self.wide[name].add(update, weight)
 
     def complete(self) -> None:
         """All clients of the block have been added."""
@@ -100,17 +103,23 @@ class WideSum:
         self.multiplied = False
         self.dense: Tensor | None = None
 
-    def add(self, update: LowRank | Tensor, weight: float) -> None:
-        """What a client adds to the base, or the tensor it ends with."""
+    def ready(self, update: LowRank | Tensor, weight: float) -> LowRank | Tensor:
+        """What a client adds to the base, or the tensor it ends with, for ``add``: all that takes memory is here."""
         if isinstance(update, Tensor):
             if self.dense is None:
                 self.dense = torch.zeros(self.like.shape, dtype=torch.float64)
-            _accumulate(self.dense, update, weight)
-            return
+            return update
         if sum(map(len, self.left)) * sum(self.like.shape) > self.like.numel():  # they take more room than the matrix
             self._multiply()
-        left = update.left * weight
-        self.left.append(left)
+        return LowRank(update.left * weight, update.right)
+
+    def add(self, update: LowRank | Tensor, weight: float) -> None:
+        """What ``ready`` made of a client's."""
+        if isinstance(update, Tensor):
+            assert self.dense is not None, "ready() was called"
+            _accumulate(self.dense, update, weight)
+            return
+        self.left.append(update.left)
         self.right.append(update.right)
         self.weight += weight
 

@@ -2,7 +2,8 @@
 
 Rules that make one plug-in serve the loop, Ray and vmap alike: no ``.item()``, no Python branch on data, no
 global random state, no input changed in place. What differs between clients comes in ``view.memory`` or in the
-arguments; what is the same for all of them comes in ``view.order``.
+arguments; what is the same for all of them comes in ``view.order``. Of a model, vmap asks the same: what ``forward``
+does must follow from shapes and the modules' modes, since it may be called once for many steps (``fedsim.replay``).
 """
 
 from __future__ import annotations

@@ -93,24 +93,6 @@ class RayPool:
     ):
         self.retries, self.limit = retries, limit
         self.retried: list[tuple[int, str]] = []
-        # Ray that others keep going, or one of this pool's own
-        self.own = None if current() or ray.is_initialized() else Session(workers)
-        try:
-            if self.own:
-                self.own.start(address)
-            if ours := self.own or current():
-                ours.wait()
-        except BaseException:  # an interrupt too: nobody has this pool yet to close it
-            self.close()
-            raise
-        have = ray.cluster_resources()
-        if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
-            self.close()
-            raise ConfigError(
-                f"simulation: {workers} workers with {gpus} GPUs each need {workers} CPUs and {gpus * workers:g} GPUs;"
-                f" Ray found {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers or gpus-per-worker"
-            )
-        _register_tensors()
         self.spec = spec
         self.sent: Any = None  # the specification in the object store, where it is as large as the model: while needed
         self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
@@ -118,6 +100,26 @@ class RayPool:
         self.processes: list[tuple[str, int]] = [("", 0)] * workers
         self.starting: dict[Any, int] = {}  # reference -> actor
         self.stillborn = 0  # actors in a row that died as they started
+        # Ray that others keep going, or one of this pool's own
+        self.own = None if current() or ray.is_initialized() else Session(workers)
+        try:
+            self._open(workers, gpus, address)
+        except BaseException:  # an interrupt too: nobody has this pool yet to close it
+            self.close()
+            raise
+
+    def _open(self, workers: int, gpus: float, address: str) -> None:
+        if self.own:
+            self.own.start(address)
+        if ours := self.own or current():
+            ours.wait()
+        have = ray.cluster_resources()
+        if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
+            raise ConfigError(
+                f"simulation: {workers} workers with {gpus} GPUs each need {workers} CPUs and {gpus * workers:g} GPUs;"
+                f" Ray found {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers or gpus-per-worker"
+            )
+        _register_tensors()
         for actor in range(workers):
             self._launch(actor)
 
@@ -211,7 +213,7 @@ class RayPool:
                     done.append((run.number, lost))
 
     def close(self) -> None:
-        for actor in getattr(self, "actors", []):
+        for actor in filter(None, self.actors):
             ray.kill(actor)
         if self.own:
             self.own.close()

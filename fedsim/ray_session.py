@@ -49,7 +49,7 @@ class Session:
 
     def __init__(self, workers: int):
         self.error = ""
-        self._up, self._over = threading.Event(), threading.Event()
+        self._begun, self._up, self._over = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, args=(workers,), name="ray", daemon=True)
         self._watchdog: Watchdog | None = None
 
@@ -75,6 +75,7 @@ class Session:
 
     def _keep(self, workers: int) -> None:
         # Linux ends Ray's processes with the thread that started them, so this one stays as long as they are needed.
+        self._begun.set()
         head, watchdog = None, self._watchdog
         assert watchdog is not None
         try:
@@ -100,7 +101,8 @@ class Session:
 
     def close(self) -> None:
         """Leave the cluster; end the Ray that was started here."""
-        started_here = self._thread.is_alive()
+        # An interrupt may have come between the thread's start and its first step.
+        started_here = self._watchdog is not None and self._begun.wait(1.0)
         if started_here:
             self._up.wait()
         ray.shutdown()
@@ -145,7 +147,7 @@ def current() -> Session | None:
 
 @contextlib.contextmanager
 def session(workers: int, address: str = "") -> Iterator[Session]:
-    """Keep one Ray for several pools. Raises as ``Session`` does."""
+    """Keep one Ray for several pools. Raises as ``Session.start`` does."""
     opened = Session(workers)
     try:  # around the start too, which may be interrupted at any point
         _sessions.append(opened)

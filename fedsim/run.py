@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedsim import interrupts
 from fedsim.build import Plan, federation_of, plan, policy_of
 from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.config import Config, load_config
@@ -410,6 +411,7 @@ def _signals(running: _Run) -> Iterator[None]:
         yield
         return
     try:
+        interrupts.raise_if_asked()  # before this
         yield
     finally:
         for number, handler in before.items():

@@ -2,8 +2,8 @@
 
 At each step the clients are grouped by the size of their batch (and those at their last step apart), so that a ragged
 block is exact: no example and no step is padded, and no padding can enter a batch statistic. In the usual case there
-is one group, the whole block. A step in which no plug-in looks at gradients or at the loss is the same in every round,
-and is replayed (``fedsim.replay``).
+is one group, the whole block. A step in which no plug-in has a part (``begin``, ``loss``, ``update``) is the same in
+every round, and is replayed (``fedsim.replay``).
 """
 
 from __future__ import annotations

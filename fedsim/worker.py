@@ -224,7 +224,8 @@ class Worker:
         """Carry out an order for a block of clients (ascending numbers), each with its private state."""
         torch.set_num_threads(threads)
         try:
-            return self._train(order, clients, states)
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                return self._train(order, clients, states)
         finally:
             torch.set_num_threads(1)
 
@@ -299,6 +300,7 @@ class Worker:
         """Train clients at once. If that fails it is tried again in halves, down to single clients: memory may suffice
         for fewer, and a client that cannot be trained is found without costing the others. The block's sum is the same
         block's in any case, so the loop's bits stay; those of vmap depend on how many clients it stacks."""
+        # The same draws for every order of a round; what a model draws does not depend on what its worker did before.
         draw = torch_generator(self.spec.seed, round=order.round, client=block.clients[0], purpose="dropout")
         torch.default_generator.manual_seed(draw.initial_seed())  # torch.manual_seed takes seven times as long
         if self.device.type == "cuda":

@@ -127,7 +127,8 @@ def test_a_product_that_finds_no_memory_costs_no_client_before_it(monkeypatch):
     g = torch.Generator().manual_seed(0)
     base, update = torch.zeros(20, 30), LowRank(torch.randn(13, 20, generator=g), torch.randn(13, 30, generator=g))
     found = WideSum(base)
-    found.add(update, 2.0)
+    take = lambda weight: found.add(found.ready(update, weight), weight)  # noqa: E731
+    take(2.0)
 
     def fails(*arguments, **named):
         raise MemoryError
@@ -135,10 +136,30 @@ def test_a_product_that_finds_no_memory_costs_no_client_before_it(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "mm", fails)
         with pytest.raises(MemoryError):
-            found.add(update, 3.0)
-    found.add(update, 4.0)
+            take(3.0)
+    take(4.0)
     assert found.weight == 6.0
     torch.testing.assert_close(found.total(), 6 * update.left.T @ update.right)
+
+
+def test_a_client_that_fails_at_its_second_wide_layer_is_in_neither_sum(monkeypatch):
+    base = {"first": torch.ones(4, 5), "second": torch.ones(6, 7)}
+    nothing = {n: LowRank(torch.zeros(1, len(v)), torch.zeros(1, v.shape[1])) for n, v in base.items()}
+    partial, ready = Partial.of({}, 0.0), WideSum.ready
+    partial.add_wide(base, nothing, 1.0)
+
+    def fails(self, update, weight):
+        if self is partial.wide["second"]:
+            raise MemoryError
+        return ready(self, update, weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WideSum, "ready", fails)
+        with pytest.raises(MemoryError):
+            partial.add_wide(base, nothing, 10.0)
+    partial.add_wide(base, nothing, 1.0)
+    partial.complete()
+    assert partial.base == {"first": 2.0, "second": 2.0}
 
 
 @settings(max_examples=30, deadline=None)
@@ -192,16 +213,16 @@ def test_a_client_whose_factors_find_no_memory_is_in_no_sum(dataset, monkeypatch
     small, others = Small(dataset, **sections), Small(dataset, **sections)
     object.__setattr__(small.spec, "debug", False)
     (order,) = small.strategy.orders(1, small.federation.shared)
-    calls, add = [], WideSum.add
+    calls, ready = [], WideSum.ready
 
     def failing(self, update, weight):
         calls.append(weight)
         if len(calls) == client + 1:
             raise MemoryError
-        add(self, update, weight)
+        return ready(self, update, weight)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WideSum, "add", failing)
+        patch.setattr(WideSum, "ready", failing)
         found = small.federation.train(order, [0, 1, 2]).mean(order.shared)
     assert [f.client for f in small.federation.failures] == [client]
     expected = others.federation.train(order, [c for c in range(3) if c != client]).mean(order.shared)

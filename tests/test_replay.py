@@ -122,15 +122,61 @@ def test_a_function_that_reads_another_tensor_is_called_every_time():
     assert not records(replay)
 
 
-def test_what_cannot_be_written_down_is_called_every_time(monkeypatch):
-    def refuses(*arguments):
-        raise NotImplementedError
+def test_what_cannot_be_written_down_is_called_every_time_and_draws_what_it_would(monkeypatch):
+    dispatch, calls = _Recorder.__torch_dispatch__, []
+
+    def refuses(self, function, *rest):
+        calls.append(function)
+        if len(calls) == 2:
+            raise NotImplementedError
+        return dispatch(self, function, *rest)
 
     monkeypatch.setattr(_Recorder, "__torch_dispatch__", refuses)
+    draw = lambda x: torch.rand_like(x) + 1  # noqa: E731
+    torch.manual_seed(1)
+    expected = [draw(torch.zeros(3)) for _ in range(5)]
+    torch.manual_seed(1)
     replay = Replay()
-    for _ in range(5):
-        assert replay(lambda x: x + 1, torch.zeros(3)).sum() == 3
+    assert all(torch.equal(replay(draw, torch.zeros(3)), e) for e in expected)
     assert list(replay.known.values()) == [None]
+
+
+def test_a_generator_of_the_functions_own_draws_on():
+    expected, found = (torch.Generator().manual_seed(1) for _ in range(2))
+    noise = lambda g: lambda x: x + torch.randn(x.shape, generator=g)  # noqa: E731
+    replay = Replay()
+    for _ in range(6):
+        x = torch.zeros(4)
+        assert torch.equal(replay(noise(found), x), noise(expected)(x))
+
+
+def test_one_tensor_in_two_places_is_not_taken_for_two():
+    replay, a, b = Replay(), torch.ones(3), torch.full((3,), 5.0)
+    weigh = lambda x, y: x + 10 * y  # noqa: E731
+    for _ in range(4):
+        assert torch.equal(replay(weigh, a, a), 11 * a)
+    assert torch.equal(replay(weigh, a, b), a + 10 * b)
+
+
+def test_a_view_at_another_place_is_another_input():
+    base, replay = torch.arange(8.0), Replay()
+    again = lambda x: x.as_strided((4,), (1,), x.storage_offset()) * 1  # noqa: E731
+    for _ in range(4):
+        for part in base.split(4):
+            assert torch.equal(replay(again, part), part)
+
+
+def test_lists_of_tensors_and_several_results():
+    replay = Replay()
+
+    def both(x, parts):
+        high, place = torch.cat([x, *parts]).max(0)
+        return {"high": high, "place": place, "parts": [p.clone() for p in torch.stack(parts).unbind(0)]}
+
+    for number in range(5):
+        x, parts = torch.randn(2, 3), [torch.randn(2, 3) + number for _ in range(3)]
+        assert equal(replay(both, x, parts), both(x, parts))
+    assert len(records(replay)) == 1
 
 
 class Doubled(torch.autograd.Function):

@@ -104,6 +104,36 @@ def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
     assert "Traceback" not in errors
 
 
+SWALLOWED = """
+import importlib, os, signal, sys
+from fedsim import cli
+run = importlib.import_module("fedsim.run")
+begin = run.federation_of
+
+class Last:
+    def __del__(self):  # what is raised here is printed and dropped
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(1000))
+
+def federation_of(*arguments, **named):
+    Last()
+    print("going on", flush=True)
+    return begin(*arguments, **named)
+
+run.federation_of = federation_of
+cli.main()
+"""
+
+
+def test_an_interrupt_that_a_finalizer_swallows_ends_a_run_before_its_first_round(config, tmp_path):
+    command = [sys.executable, "-c", SWALLOWED, "run", str(config()), "--out", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert "going on" in done.stdout
+    assert done.returncode == 130, done.stderr
+    assert "fedsim: interrupted" in done.stderr
+    assert "round 1" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
