@@ -194,12 +194,8 @@ def main() -> None:
         _mount()
         try:
             code = app(standalone_mode=False, prog_name="fedsim")
-        except Exception:
-            # Interrupted in the middle of an import, a module stays half loaded, and what it lacks is missed elsewhere.
-            if interrupts.asked.is_set():
-                raise KeyboardInterrupt from None
-            raise
-        interrupts.raise_if_asked()
+        finally:  # whatever became of an interrupt: nothing, another error, click's silent exit at a broken pipe
+            interrupts.raise_if_asked()
         if code == 130:  # typer's word for an interrupt
             raise KeyboardInterrupt
         sys.exit(code)

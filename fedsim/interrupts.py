@@ -22,8 +22,8 @@ def raise_in_main_thread() -> None:
         asked.set()
         if _importing(frame):
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
-            return
-        raise KeyboardInterrupt
+        else:
+            raise_if_asked()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, interrupt)
@@ -38,6 +38,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def raise_if_asked() -> None:
-    """Raises KeyboardInterrupt: one was raised before, whatever became of it."""
+    """Raises KeyboardInterrupt if a signal came, whatever became of it."""
     if asked.is_set():
+        signal.setitimer(signal.ITIMER_REAL, 0)  # what is cleaned up now is not to be interrupted by it again
         raise KeyboardInterrupt

@@ -70,11 +70,12 @@ class _Recorder(TorchDispatchMode):
 
     def program(self, outputs: Sequence[Any]) -> Callable:
         """inputs -> outputs; what is not read any more is freed."""
-        alive: list[str] = []
-        body = [f"return [{', '.join([self._source(output, alive) for output in outputs])}]"]
+        kept: list[str] = []
+        body = [f"return [{', '.join([self._source(output, kept) for output in outputs])}]"]
+        later = {*kept}  # what the lines after the one at hand read
         for name, read, line in reversed(self.lines):
-            done = {name, *read} - {*alive}
-            alive += done
+            done = {name, *read} - later
+            later |= done
             body.append(f"{line}; del {', '.join(sorted(done))}" if done else line)
         source = "\n    ".join([f"def program({', '.join(self.inputs)}):", *reversed(body)])
         found: dict[str, Any] = {}

@@ -123,7 +123,7 @@ def test_no_process_of_ours_or_of_ray_remains(tmp_path, numbers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("seen", [b"watchdog.py", b"gcs_server", b"raylet/raylet", b"agent.py", b"ray::"])
 def test_nothing_remains_of_a_run_that_ends_while_ray_starts(tmp_path, seen, number):
     """Ended as soon as a certain process of Ray is seen, before the first round."""
@@ -137,8 +137,8 @@ def test_nothing_remains_of_a_run_that_ends_while_ray_starts(tmp_path, seen, num
         process.send_signal(number)
         process.wait(timeout=4 * WAIT)
     assert any(seen in name for name in names.values())
-    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
-    assert ("fedsim: interrupted" in output) == (number == signal.SIGTERM)
+    assert ("fedsim: interrupted" in output) == (number != signal.SIGKILL)
     assert_nothing_remains(process.pid, family)
