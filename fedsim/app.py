@@ -20,6 +20,7 @@ from fedsim.checkpoint import state_sha256
 from fedsim.config import Algorithm, Config, kebab, parse_config
 from fedsim.errors import ConfigError
 from fedsim.flower import METRICS, log, read_order, reply_content
+from fedsim.packing import Packed
 from fedsim.registry import relevant_options
 from fedsim.types import ClientState
 from fedsim.wire import to_dense_arrays, to_tensors
@@ -102,10 +103,11 @@ def train(message: Message, context: Context) -> Message:
     planned, worker = _worker(_key(context))
     number = _client_number(context, planned)
     order = read_order(message.content)
-    result = worker.train(replace(order, fold=False), [number], [_state(context, planned)])
+    result = worker.train(replace(order, fold=False), [number], [Packed.of(_state(context, planned))])
     if result.failures:
         return Message(Error(CLIENT_FAILED, result.failures[0].reason), reply_to=message)
-    for client_state in result.states.values():
+    for packed in result.states.values():
+        client_state = packed.state
         context.state[PRIVATE] = to_dense_arrays(client_state.private)
         context.state[MEMORY] = to_dense_arrays(client_state.memory)
     position = int(message.content["fedsim"]["order"])  # type: ignore[index, arg-type]

@@ -17,7 +17,7 @@ import numpy as np
 from fedsim.errors import FedsimError
 from fedsim.fold import Partial, gather, mean, merge, settled
 from fedsim.guard import WELL_FORMED, Policy
-from fedsim.packing import States
+from fedsim.packing import Packed, States
 from fedsim.pool import Pool, WorkerLost
 from fedsim.random import generator
 from fedsim.store import ClientStore
@@ -87,6 +87,7 @@ class Federation:
         self.cohort, self.block, self.odd_block_threads = cohort, block, odd_block_threads
         self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
         _, self.private = spec.task.initial()
+        self.untrained = Packed.of(ClientState(self.private, {}))
         self.policy, self.needs = policy, needs
         self.failures: list[Failure] = []
         self.void: str | None = None
@@ -110,12 +111,12 @@ class Federation:
 
     def state(self, client: int) -> ClientState:
         """A client's private state; one that was never trained has the initial private tensors."""
-        return self.store.get(client) or ClientState(self.private, {})
+        found = self.store.get(client)
+        return found.state if found else ClientState(self.private, {})
 
-    def states(self, clients: Sequence[int]) -> list[ClientState]:
-        if self.store.empty:
-            return [ClientState(self.private, {})] * len(clients)
-        return [self.state(client) for client in clients]
+    def packed(self, clients: Sequence[int]) -> States:
+        """Clients' private states as they travel."""
+        return States([self.store.get(client) or self.untrained for client in clients])
 
     def newcomer(self) -> Tensors:
         """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
@@ -129,7 +130,7 @@ class Federation:
     def kept(self) -> Iterator[Tensors]:
         """Private tensors of the clients that have trained."""
         if self.private:
-            yield from (state.private for c in range(len(self)) if (state := self.store.get(c)))
+            yield from (found.state.private for c in range(len(self)) if (found := self.store.get(c)))
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         """Carry out an order.
@@ -167,7 +168,7 @@ class Federation:
     def _results(self, order: Order, clients: Sequence[int]) -> Iterator[BlockResult]:
         """Results in block order, as soon as they and all before them are there; the new states are staged."""
         self.store.discard()
-        calls = _Calls(cut(sorted(clients), self.block), self.states, self.odd_block_threads)
+        calls = _Calls(cut(sorted(clients), self.block), self.packed, self.odd_block_threads)
         self.failures, self.dropped = [], 0
         narrowed: list[Narrowed] = []
         early: dict[int, BlockResult] = {}
@@ -223,8 +224,8 @@ class Federation:
         """The model of every client that has trained, on the domain left out."""
         indices = self.spec.dataset.slice(self.unseen, "test")
         for client in range(len(self)):
-            if state := self.store.get(client):
-                yield EvaluationJob(client, self.unseen, "unseen", indices, state.private)
+            if found := self.store.get(client):
+                yield EvaluationJob(client, self.unseen, "unseen", indices, found.state.private)
 
     def _evaluate(self, shared: Tensors, every: Iterator[EvaluationJob]) -> list[Score]:
         scores = []
@@ -296,9 +297,7 @@ class _Calls(Sequence[tuple[list[int], States, int]]):
     """The arguments of every block's training. States are read when a pool asks for a block's, so that those of a few
     blocks are in memory at a time and reading them hides behind training."""
 
-    def __init__(
-        self, blocks: list[list[int]], states: Callable[[Sequence[int]], list[ClientState]], odd_block_threads: int
-    ):
+    def __init__(self, blocks: list[list[int]], states: Callable[[Sequence[int]], States], odd_block_threads: int):
         self.blocks, self.states = blocks, states
         self.threads = [1] * len(blocks)
         if len(blocks) % 2:
@@ -311,4 +310,4 @@ class _Calls(Sequence[tuple[list[int], States, int]]):
         return self.blocks[number]
 
     def __getitem__(self, number: Any) -> Any:
-        return self.blocks[number], States(self.states(self.blocks[number])), self.threads[number]
+        return self.blocks[number], self.states(self.blocks[number]), self.threads[number]

@@ -1,7 +1,9 @@
-"""Thousands of small trees of tensors, all alike: as columns in a message, as safetensors in the row of a file.
+"""What clients keep, as rows of bytes: thousands of small trees of tensors that are all alike.
 
 A small network's normalization is twenty tensors of a few numbers. For a thousand clients, whatever is done to each of
-these costs more than training them: so it is done to the column of all clients, or once for all trees of a structure.
+these costs more than training them. So a state is one row of bytes wherever nobody looks into it, in a message, in
+memory and in the file, and tensors are copied by the column of all clients. With the ``head`` of its layout before it
+a row is a safetensors file.
 """
 
 from __future__ import annotations
@@ -9,27 +11,160 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 
 from fedsim.types import ClientState, Tensors
 
-Structure = tuple[tuple[str, torch.dtype, torch.Size], ...]
-Columns = tuple[list[int], Tensors, Tensors]  # numbers of k states, their private [k, ...] and memory [k, ...]
+PRIVATE, MEMORY = "p/", "m/"
+Structure = tuple[tuple[str, torch.dtype, torch.Size], ...]  # names in their order, dtypes and shapes
 
 
-def structure(tensors: Tensors) -> Structure:
-    """Names in their order, dtypes and shapes."""
-    return tuple((name, value.dtype, value.shape) for name, value in tensors.items())
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes are in a row."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    stop: int
 
 
-class States(Sequence[ClientState]):
-    """Client states that are pickled as columns: one array for each name, not for each client and name. A state that
-    occurs several times, as the initial one does, is sent once."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a state's tensors lie in a row of ``size`` bytes. There is one object for each ``head``."""
 
-    def __init__(self, states: Sequence[ClientState]):
+    head: bytes
+    size: int
+    private: tuple[Place, ...]
+    memory: tuple[Place, ...]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(private: Structure, memory: Structure) -> Layout:
+        tensors: Tensors = {}
+        for prefix, tree in ((PRIVATE, private), (MEMORY, memory)):
+            # Numbered, since the file keeps no order and sums over tensors depend on it.
+            tensors |= {f"{prefix}{i:06d}/{n}": torch.zeros(s, dtype=dtype) for i, (n, dtype, s) in enumerate(tree)}
+        return Layout.read(head_of(save(tensors)))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def read(head: bytes) -> Layout:
+        entries = {name: entry["data_offsets"] for name, entry in json.loads(head[8:]).items()}
+        size = max((stop for _, stop in entries.values()), default=0)
+        tensors = load(head + bytes(size))  # the library reads the dtypes, and checks that the places are one row
+
+        def places(prefix: str) -> tuple[Place, ...]:
+            names = sorted(name for name in tensors if name.startswith(prefix))
+            return tuple(Place(n[len(prefix) + 7 :], tensors[n].dtype, tensors[n].shape, *entries[n]) for n in names)
+
+        return Layout(head, size, places(PRIVATE), places(MEMORY))
+
+    @property
+    def empty(self) -> bool:
+        """Whether it is of a client that keeps nothing."""
+        return not self.private and not self.memory
+
+    def __reduce__(self) -> Any:
+        return Layout.read, (self.head,)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A client's state: uint8 [layout.size]. ``ClientState``s are made of many at once, by ``unpack``."""
+
+    layout: Layout
+    row: np.ndarray
+
+    @classmethod
+    def of(cls, state: ClientState) -> Packed:
+        single = lambda tree: {n: v.unsqueeze(0) for n, v in tree.items()}  # noqa: E731
+        return pack(single(state.private), single(state.memory), 1)[0]
+
+    @property
+    def state(self) -> ClientState:
+        return unpack([self])[0]
+
+    def copy(self) -> Packed:
+        return Packed(self.layout, self.row.copy())
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file."""
+        return self.layout.head + self.row.tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Packed:
+        """``data`` must be as ``to_bytes`` made it; it stays in memory as long as this."""
+        layout = Layout.read(head_of(data))
+        return cls(layout, np.frombuffer(data, np.uint8, layout.size, len(layout.head)))
+
+
+def head_of(data: bytes) -> bytes:
+    """A safetensors file's header with the eight bytes of its length."""
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+def _structure(columns: Tensors) -> Structure:
+    return tuple((name, value.dtype, value.shape[1:]) for name, value in columns.items())
+
+
+def pack(private: Tensors, memory: Tensors, count: int) -> list[Packed]:
+    """States whose tensors are [count, ...], as rows of one array."""
+    layout = Layout.of(_structure(private), _structure(memory))
+    out = np.empty((count, layout.size), np.uint8)
+    for place, column in zip((*layout.private, *layout.memory), (*private.values(), *memory.values())):
+        if column.numel():
+            column = column.view(torch.int16) if column.dtype is torch.bfloat16 else column  # numpy has no such type
+            flat = np.ascontiguousarray(column.detach().cpu().numpy()).reshape(count, -1)
+            out[:, place.start : place.stop] = flat.view(np.uint8)
+    return [Packed(layout, row) for row in out]
+
+
+def unpack(packed: Sequence[Packed]) -> list[ClientState]:
+    """The states, in order, in tensors of their own; one that occurs several times is one object."""
+    distinct = list({id(p): p for p in packed}.values())
+    found: dict[int, ClientState] = {}
+    for layout, numbers in _alike(distinct):
+        rows = torch.from_numpy(np.stack([distinct[n].row for n in numbers]))
+        private, memory = (_trees(rows, places) for places in (layout.private, layout.memory))
+        found |= zip((id(distinct[n]) for n in numbers), map(ClientState, private, memory))
+    return [found[id(p)] for p in packed]
+
+
+def _trees(rows: torch.Tensor, places: Sequence[Place]) -> list[Tensors]:
+    """[k, size] -> k trees, whose tensors are views of a column for each place."""
+    if not places:
+        return [{} for _ in rows]
+    names = [place.name for place in places]
+    return [dict(zip(names, values)) for values in zip(*(_column(rows, place).unbind(0) for place in places))]
+
+
+def _column(rows: torch.Tensor, place: Place) -> torch.Tensor:
+    shape = (len(rows), *place.shape)
+    if not place.shape.numel():
+        return torch.empty(shape, dtype=place.dtype)
+    return rows[:, place.start : place.stop].reshape(-1).view(place.dtype).view(shape)
+
+
+def _alike(packed: Sequence[Packed]) -> list[tuple[Layout, list[int]]]:
+    """Positions of the states of each layout."""
+    alike: dict[Layout, list[int]] = {}
+    for position, one in enumerate(packed):
+        alike.setdefault(one.layout, []).append(position)
+    return list(alike.items())
+
+
+class States(Sequence[Packed]):
+    """Client states that are pickled as one array for each layout. A state that occurs several times, as the initial
+    one does, is sent once."""
+
+    def __init__(self, states: Sequence[Packed]):
         self.states = states
 
     def __len__(self) -> int:
@@ -40,76 +175,18 @@ class States(Sequence[ClientState]):
 
     def __reduce__(self) -> Any:
         distinct = {id(state): state for state in self.states}
-        numbers = {key: number for number, key in enumerate(distinct)}
-        alike: dict[tuple[Structure, Structure], list[int]] = {}
+        order = {key: number for number, key in enumerate(distinct)}
         unique = list(distinct.values())
-        for number, state in enumerate(unique):
-            alike.setdefault((structure(state.private), structure(state.memory)), []).append(number)
-        columns = [
-            (group, _stack([unique[i].private for i in group]), _stack([unique[i].memory for i in group]))
-            for group in alike.values()
-        ]
-        return _states, ([numbers[id(state)] for state in self.states], columns)
+        groups = [(layout, at, _block([unique[n].row for n in at])) for layout, at in _alike(unique)]
+        return _states, ([order[id(state)] for state in self.states], groups)
 
 
-def _states(order: list[int], columns: list[Columns]) -> States:
-    found: dict[int, ClientState] = {}
-    for group, private, memory in columns:
-        states = map(ClientState, rows(private, len(group)), rows(memory, len(group)))
-        found |= zip(group, states)
+def _block(rows: list[np.ndarray]) -> np.ndarray:
+    return rows[0][None] if len(rows) == 1 else np.stack(rows)  # one may be as large as a model
+
+
+def _states(order: list[int], groups: list[tuple[Layout, list[int], np.ndarray]]) -> States:
+    found: dict[int, Packed] = {}
+    for layout, numbers, rows in groups:
+        found |= zip(numbers, (Packed(layout, row) for row in rows))
     return States([found[number] for number in order])
-
-
-def _stack(trees: list[Tensors]) -> Tensors:
-    if len(trees) == 1:
-        return {name: value.unsqueeze(0) for name, value in trees[0].items()}
-    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
-
-
-def rows(columns: Tensors, count: int) -> list[Tensors]:
-    """[count, ...] of each name -> a tree of views for each row."""
-    cut = [value.unbind(0) for value in columns.values()]
-    return [dict(zip(columns, values)) for values in zip(*cut)] if cut else [{} for _ in range(count)]
-
-
-def to_bytes(tensors: Tensors) -> bytes:
-    """What ``safetensors.torch.save`` gives, with the header made once for all trees of a structure."""
-    head, names = _layout(structure(tensors))
-    return head + b"".join([_raw(tensors[name]) for name in names])
-
-
-def _raw(value: torch.Tensor) -> bytes:
-    return (value.view(torch.int16) if value.dtype is torch.bfloat16 else value).detach().numpy().tobytes()
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(of: Structure) -> tuple[bytes, list[str]]:
-    """(header, names in the order in which the bytes of the tensors follow it)"""
-    head = _head(save({name: torch.zeros(shape, dtype=dtype) for name, dtype, shape in of}))
-    entries = json.loads(head[8:])
-    return head, sorted(entries, key=lambda name: entries[name]["data_offsets"])
-
-
-def _head(data: bytes) -> bytes:
-    return data[: 8 + int.from_bytes(data[:8], "little")]
-
-
-_known: dict[bytes, list[tuple[str, torch.dtype, torch.Size, int]]] = {}  # by header: name, dtype, shape, first byte
-
-
-def from_bytes(data: bytes) -> Tensors:
-    """What ``safetensors.torch.load`` gives, which reads and checks the first tree of a structure; ``data`` must be as
-    ``to_bytes`` made it."""
-    head = _head(data)
-    if head not in _known:
-        entries = json.loads(head[8:])
-        _known[head] = [(n, v.dtype, v.shape, entries[n]["data_offsets"][0]) for n, v in load(data).items()]
-    buffer = bytearray(data[len(head) :])
-    out = {}
-    for name, dtype, shape, start in _known[head]:
-        count = shape.numel()
-        flat = (
-            torch.frombuffer(buffer, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
-        )
-        out[name] = flat if len(shape) == 1 else flat.view(shape)
-    return out

@@ -13,10 +13,7 @@ from pathlib import Path
 
 from fedsim.database import open_database, transaction
 from fedsim.errors import DataError
-from fedsim.packing import from_bytes, to_bytes
-from fedsim.types import ClientState, Tensors
-
-PRIVATE, MEMORY = "p/", "m/"
+from fedsim.packing import Packed
 
 
 class ClientStore:
@@ -30,20 +27,24 @@ class ClientStore:
         self.db = open_database(
             path,
             "CREATE TABLE IF NOT EXISTS states (client INTEGER, round INTEGER, sha256 BLOB, data BLOB,"
-            " PRIMARY KEY (client, round)) WITHOUT ROWID;"
+            " PRIMARY KEY (client, round));"
             "CREATE TABLE IF NOT EXISTS staged (client INTEGER PRIMARY KEY, round INTEGER, sha256 BLOB, data BLOB);"
             "DELETE FROM staged",
             "private states",
         )
         self.budget = budget
-        self.recent: dict[int, tuple[int, ClientState]] = {}
+        self.recent: dict[int, tuple[int, Packed]] = {}
         self.dirty: set[int] = set()
         self.bytes = 0
-        self.staged: dict[int, tuple[int, ClientState]] = {}
+        self.staged: dict[int, tuple[int, Packed]] = {}
         self.staged_bytes, self.spilled = 0, False
+        # Clients that may have several versions, and the newest's round.
+        self.versions: dict[int, int] = dict(
+            self.db.execute("SELECT client, MAX(round) FROM states GROUP BY client HAVING COUNT(*) > 1")
+        )
         self.empty = self.db.execute("SELECT 1 FROM states LIMIT 1").fetchone() is None
 
-    def get(self, client: int) -> ClientState | None:
+    def get(self, client: int) -> Packed | None:
         """The newest state of a client, or None if it was never trained.
 
         Raises:
@@ -64,17 +65,15 @@ class ClientStore:
                 f"{self.path}: the private state of client {client} of round {round} is damaged (its checksum differs);"
                 f" resume --round with a checkpoint before round {round}, or start the run anew"
             )
-        tensors = from_bytes(data)
-        return ClientState(_unnumbered(PRIVATE, tensors), _unnumbered(MEMORY, tensors))
+        return Packed.from_bytes(data)
 
-    def stage(self, client: int, round: int, state: ClientState) -> None:
+    def stage(self, client: int, round: int, state: Packed) -> None:
         """Take a new state that ``get`` does not see before ``accept``; many of them wait on disk."""
-        if not state.private and not state.memory:
+        if state.layout.empty:
             return
         # A copy: what comes from a worker is part of a larger message, which would stay in memory with it.
-        state = ClientState(*({n: v.clone() for n, v in t.items()} for t in (state.private, state.memory)))
-        self.staged[client] = (round, state)
-        self.staged_bytes += _size(state)
+        self.staged[client] = (round, state.copy())
+        self.staged_bytes += state.layout.size
         if self.staged_bytes > self.budget:
             with transaction(self.db, self.path):
                 self.db.executemany("INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?)", _rows(self.staged))
@@ -85,9 +84,10 @@ class ClientStore:
         if self.spilled:
             with transaction(self.db, self.path):
                 self.db.execute("INSERT OR REPLACE INTO states SELECT client, round, sha256, data FROM staged")
-            for (client,) in self.db.execute("SELECT client FROM staged").fetchall():
-                self.bytes -= _size(self.recent.pop(client)[1]) if client in self.recent else 0
+            for client, round in self.db.execute("SELECT client, round FROM staged").fetchall():
+                self.bytes -= self.recent.pop(client)[1].layout.size if client in self.recent else 0
                 self.dirty.discard(client)
+                self.versions[client] = round
             self.empty = False
         staged = self.staged
         self.discard()
@@ -101,10 +101,10 @@ class ClientStore:
                 self.db.execute("DELETE FROM staged")
         self.staged, self.staged_bytes, self.spilled = {}, 0, False
 
-    def put(self, client: int, round: int, state: ClientState) -> None:
-        if not state.private and not state.memory:
+    def put(self, client: int, round: int, state: Packed) -> None:
+        if state.layout.empty:
             return
-        self.bytes += _size(state) - (_size(self.recent[client][1]) if client in self.recent else 0)
+        self.bytes += state.layout.size - (self.recent[client][1].layout.size if client in self.recent else 0)
         self.recent[client] = (round, state)
         self.empty = False
         self.dirty.add(client)
@@ -124,6 +124,7 @@ class ClientStore:
         with transaction(self.db, self.path):
             changed = {client: self.recent[client] for client in sorted(self.dirty)}
             self.db.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", _rows(changed))
+        self.versions |= {client: round for client, (round, _) in changed.items()}
         self.dirty.clear()
 
     def rewind(self, round: int) -> None:
@@ -137,30 +138,18 @@ class ClientStore:
     def prune(self, round: int) -> None:
         """Drop versions that no resume at ``round`` or later can ask for."""
         with transaction(self.db, self.path):
-            self.db.execute(
-                "DELETE FROM states WHERE round < (SELECT MAX(s.round) FROM states s WHERE s.client = states.client"
-                " AND s.round <= ?)",
-                (round,),
+            self.db.executemany(
+                "DELETE FROM states WHERE client = :client AND round < (SELECT MAX(round) FROM states"
+                " WHERE client = :client AND round <= :round)",
+                ({"client": client, "round": round} for client in sorted(self.versions)),
             )
+        self.versions = {client: newest for client, newest in self.versions.items() if newest > round}
 
     def close(self) -> None:
         self.db.close()
 
 
-def _numbered(prefix: str, tensors: Tensors) -> Tensors:
-    """Names for the file, which keeps no order: sums over tensors depend on it."""
-    return {f"{prefix}{i:06d}/{n}": v.contiguous() for i, (n, v) in enumerate(tensors.items())}
-
-
-def _unnumbered(prefix: str, tensors: Tensors) -> Tensors:
-    return {n[len(prefix) + 7 :]: tensors[n] for n in sorted(tensors) if n.startswith(prefix)}
-
-
-def _rows(states: Mapping[int, tuple[int, ClientState]]) -> Iterator[tuple[int, int, bytes, bytes]]:
+def _rows(states: Mapping[int, tuple[int, Packed]]) -> Iterator[tuple[int, int, bytes, bytes]]:
     for client, (round, state) in states.items():
-        data = to_bytes({**_numbered(PRIVATE, state.private), **_numbered(MEMORY, state.memory)})
+        data = state.to_bytes()
         yield client, round, hashlib.sha256(data).digest(), data
-
-
-def _size(state: ClientState) -> int:
-    return sum(v.nbytes for tree in (state.private, state.memory) for v in tree.values())

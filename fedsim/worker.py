@@ -27,8 +27,7 @@ from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
 from fedsim.optim import learning_rate
-from fedsim.packing import States
-from fedsim.packing import rows as rows_of
+from fedsim.packing import Packed, States, pack, unpack
 from fedsim.random import generator, torch_generator
 from fedsim.types import FOLDED, ClientState, LowRank, Order, ReplyColumns, Tensors
 from fedsim.vectorized import run_vmap, score_stacked, stacks_models
@@ -92,7 +91,7 @@ class BlockResult:
     """One block's part of a round, in client order; ``partial`` holds the tensors if the order asked to fold."""
 
     replies: list[ReplyColumns] = field(default_factory=list)
-    states: dict[int, ClientState] = field(default_factory=dict)
+    states: dict[int, Packed] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     partial: Partial | None = None
     dropped: int = 0  # examples left out by the last-batch policy
@@ -218,9 +217,7 @@ class Worker:
     def _on_device(self, tensors: Tensors) -> Tensors:
         return tensors if self.device.type == "cpu" else {n: v.to(self.device) for n, v in tensors.items()}
 
-    def train(
-        self, order: Order, clients: Sequence[int], states: Sequence[ClientState], threads: int = 1
-    ) -> BlockResult:
+    def train(self, order: Order, clients: Sequence[int], states: Sequence[Packed], threads: int = 1) -> BlockResult:
         """Carry out an order for a block of clients (ascending numbers), each with its private state."""
         torch.set_num_threads(threads)
         try:
@@ -229,7 +226,7 @@ class Worker:
         finally:
             torch.set_num_threads(1)
 
-    def _train(self, order: Order, clients: Sequence[int], states: Sequence[ClientState]) -> BlockResult:
+    def _train(self, order: Order, clients: Sequence[int], states: Sequence[Packed]) -> BlockResult:
         spec, result = self.spec, BlockResult()
         lr = order.scalars.get("lr", None)
         if lr is None:
@@ -238,7 +235,7 @@ class Worker:
         put = self._on_device
         order = replace(order, shared=put(order.shared), extra=put(order.extra), masks=put(order.masks))
         self.task.begin(order)
-        block = self._block(order, clients, states, result)
+        block = self._block(order, clients, unpack(states), result)
         fetch = self.examples.fetcher(spec.seed, order.round, spec.training.augment)
         for part in self._parts(block):
             self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
@@ -378,10 +375,9 @@ class Worker:
         }
         keep = lambda tree: {n: v.clone() for n, v in tree.items()}  # noqa: E731 (the loop's tensors are its own)
         columns = ReplyColumns(clients, examples, keep({} if order.fold else shared), keep(report), metrics)
-        states = {}
+        states: dict[int, Packed] = {}
         if order.task != "score" and (private or memory):
-            private, memory = (keep({n: v.cpu() for n, v in tree.items()}) for tree in (private, memory))
-            states = dict(zip(clients, map(ClientState, rows_of(private, len(clients)), rows_of(memory, len(clients)))))
+            states = dict(zip(clients, pack(private, memory, len(clients))))
         # Last of what may fail for want of memory: clients that are tried again must not be in the sum already.
         if order.fold:
             weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)

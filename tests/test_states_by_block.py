@@ -7,6 +7,7 @@ import torch
 from fedsim.checkpoint import state_sha256
 from fedsim.data import Partition
 from fedsim.guard import Policy
+from fedsim.packing import Packed
 from fedsim.store import ClientStore
 from fedsim.types import ClientState
 from tests.conftest import Small
@@ -74,7 +75,7 @@ def test_a_void_round_keeps_the_states_that_were(dataset, tmp_path, budget):
 
 
 def test_what_a_killed_process_staged_is_forgotten(tmp_path):
-    path, one = tmp_path / "clients.sqlite", ClientState({"w": torch.ones(3)}, {})
+    path, one = tmp_path / "clients.sqlite", Packed.of(ClientState({"w": torch.ones(3)}, {}))
     killed = ClientStore(path, budget=1)
     killed.stage(0, 1, one)
     assert killed.spilled

@@ -8,19 +8,20 @@ import torch
 from hypothesis import given, settings
 
 from fedsim.errors import DataError, StorageError
+from fedsim.packing import Packed
 from fedsim.store import ClientStore
 from fedsim.types import ClientState
 from tests.faults.forked import forked
 from tests.tensors import identical, named_bits
 
 
-def state(value: float) -> ClientState:
+def state(value: float) -> Packed:
     odd = torch.tensor([value, -0.0, float("inf")])
-    return ClientState({"bn.weight": odd, "n": torch.tensor(3)}, {"beta": torch.tensor(value)})
+    return Packed.of(ClientState({"bn.weight": odd, "n": torch.tensor(3)}, {"beta": torch.tensor(value)}))
 
 
-def same(a: ClientState, b: ClientState) -> bool:
-    pairs = [(a.private, b.private), (a.memory, b.memory)]
+def same(a: Packed, b: Packed) -> bool:
+    pairs = [(a.state.private, b.state.private), (a.state.memory, b.state.memory)]
     return all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in pairs)
 
 
@@ -31,7 +32,7 @@ def test_a_store_reopened_holds_the_same_bits(tmp_path):
     store.close()
     again = ClientStore(tmp_path / "c.sqlite")
     assert same(again.get(7), state(0.25))
-    assert torch.signbit(again.get(7).private["bn.weight"][1])
+    assert torch.signbit(again.get(7).state.private["bn.weight"][1])
     assert again.get(8) is None
 
 
@@ -39,14 +40,14 @@ def test_a_store_reopened_holds_the_same_bits(tmp_path):
 @given(named_bits(), named_bits())
 def test_any_bits_come_back_from_the_file(private, memory):
     store = ClientStore()
-    store.put(0, 1, ClientState(private, memory))
+    store.put(0, 1, Packed.of(ClientState(private, memory)))
     store.flush()
     store.recent.clear()
     found = store.get(0)
     store.close()
     if private or memory:
-        assert identical(found.private, private)
-        assert identical(found.memory, memory)
+        assert identical(found.state.private, private)
+        assert identical(found.state.memory, memory)
     else:
         assert found is None, "nothing is kept of a client that keeps nothing"
 
@@ -103,11 +104,12 @@ def hundred_thousand(path: Path, clients: int, budget: int) -> None:
     store = ClientStore(path, budget)
     for round in (1, 2):
         for client in range(clients):
-            store.put(client, round, ClientState({"w": torch.full((1000,), float(client + round))}, {}))
+            state = ClientState({"w": torch.full((1000,), float(client + round))}, {})
+            store.put(client, round, Packed.of(state))
         store.flush()
         store.prune(round)
     for client in range(clients):
-        assert store.get(client).private["w"][999] == client + 2
+        assert store.get(client).state.private["w"][999] == client + 2
     count = store.db.execute("SELECT COUNT(*) FROM states").fetchone()[0]
     assert count == clients, "the first round's were pruned"
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -46,7 +46,7 @@ def data(folder: Path, clients: int) -> tuple[Dataset, Partition]:
 
 def fill(store: ClientStore, federation: Federation) -> None:
     """Every client has trained, long ago."""
-    state = federation.state(0)
+    state = federation.untrained
     for client in range(len(federation)):
         store.put(client, 0, state)
     store.flush()

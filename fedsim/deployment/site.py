@@ -16,6 +16,7 @@ from fedsim.data import Dataset, Partition, hold_out, load_dataset, partition
 from fedsim.deployment.jobs import PER_ROUND, Job, end_of
 from fedsim.errors import ConfigError, DataError
 from fedsim.guard import refuse
+from fedsim.packing import Packed
 from fedsim.store import ClientStore
 from fedsim.types import ClientState, Order, Reply, Tensors
 from fedsim.worker import EvaluationJob, Score, Worker
@@ -182,7 +183,7 @@ class Site:
             raise Refused(f"order refused: {reason}")
         # Always from the state before this order, so that one sent again gives the same bits.
         store.rewind(job.sequence - 1)
-        state = store.get(job.client) or ClientState(self.private, {})
+        state = store.get(job.client) or Packed.of(ClientState(self.private, {}))
         result = self.worker.train(replace(order, fold=False), [job.client], [state])
         if result.failures:
             raise Refused(result.failures[0].reason)
@@ -206,7 +207,8 @@ class Site:
         if reason is not None:
             raise Refused(f"evaluation refused: {reason}")
         store.rewind(job.sequence)
-        private = (store.get(job.client) or ClientState(self.private, {})).private
+        kept = store.get(job.client)
+        private = kept.state.private if kept else self.private
         indices = self.plan.dataset.slice(self.domain, "test")
         if job.split == "validation":
             indices = self.plan.validation[job.client] if self.plan.validation is not None else indices[:0]
