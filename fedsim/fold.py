@@ -80,7 +80,13 @@ class Partial:
             self.base = {name: wide.weight for name, wide in self.wide.items() if wide.weight}
             self.wide = {}
 
+    def own(self) -> None:
+        """Copy the tensors if they may be somebody else's, who will write to them."""
+        if not self.scaled:
+            self.tensors = {n: v.clone() for n, v in self.tensors.items()}
+
     def sums(self) -> Tensors:
+        """The tensors in float64, their own, with the weight in them."""
         if not self.scaled:
             self.tensors = {n: _scaled(v, self.weight) for n, v in self.tensors.items()}
             self.scaled = True

@@ -37,6 +37,7 @@ class Block:
         plans: (positions in ``clients`` [k], their steps); every position is in one of them.
         factors: shared tensors whose outcome may be left as ``Outcomes.factors``.
         steps: local steps of all clients of the block, of which this may be a part.
+        alone: the whole block is one client.
     """
 
     clients: list[int]
@@ -44,6 +45,7 @@ class Block:
     plans: Sequence[tuple[np.ndarray, BatchPlan]]
     factors: Collection[str] = ()
     steps: int = 0
+    alone: bool = False
 
     def __len__(self) -> int:
         return len(self.clients)

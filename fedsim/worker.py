@@ -164,7 +164,7 @@ class Worker:
         torch.set_num_threads(1)  # sums over threads would make the bits depend on their number
         # The skeleton is written to, and what came through Ray's object store is memory shared by all workers.
         self.task = copy.deepcopy(spec.task)
-        self.spec = spec
+        self.spec = replace(spec, task=self.task)
         self.device = torch.device(spec.device)
         if self.device.type == "cuda":  # torch by itself lets convolutions use tf32, and products not
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.task.precision == "tf32"
@@ -218,7 +218,10 @@ class Worker:
         return tensors if self.device.type == "cpu" else {n: v.to(self.device) for n, v in tensors.items()}
 
     def train(self, order: Order, clients: Sequence[int], states: Sequence[Packed], threads: int = 1) -> BlockResult:
-        """Carry out an order for a block of clients (ascending numbers), each with its private state."""
+        """Carry out an order for a block of clients (ascending numbers), each with its private state.
+
+        The sum of a block of one client may be of the worker's own tensors: to be sent, or copied by ``Partial.own``,
+        before the next call."""
         torch.set_num_threads(threads)
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -290,7 +293,7 @@ class Worker:
         sums = order.fold and order.task == "train" and len(clients) > 1 and not self.spec.max_update_norm
         factors = frozenset(order.returned) if sums and self.device.type == "cpu" else frozenset[str]()
         steps = sum(len(plan) * len(positions) for positions, plan in plans)
-        block = Block(list(clients), states, plans, factors, steps)
+        block = Block(list(clients), states, plans, factors, steps, alone=len(clients) == 1)
         return block.take([p for p in range(len(clients)) if p not in idle]) if idle else block
 
     def _attempt(self, order: Order, block: Block, lr: float, fetch: Fetch, result: BlockResult) -> None:
@@ -304,7 +307,7 @@ class Worker:
             torch.cuda.manual_seed(draw.initial_seed())
         try:
             for outcomes in EXECUTORS[self.spec.executor](self.task, order, block, lr, fetch):
-                self._accept(order, outcomes, result)
+                self._accept(order, outcomes, result, block.alone)
             return
         except OutOfTime as error:
             result.failures += [Failure(client, "time", str(error)) for client in block.clients]
@@ -350,8 +353,8 @@ class Worker:
                 found[row] = reason
         return found
 
-    def _accept(self, order: Order, outcomes: Outcomes, result: BlockResult) -> None:
-        """Take the outcomes that can be believed into ``result``."""
+    def _accept(self, order: Order, outcomes: Outcomes, result: BlockResult, alone: bool) -> None:
+        """Take the outcomes that can be believed into ``result``; ``alone``: nothing is trained there after them."""
         report = {n: v.detach().cpu() for n, v in outcomes.report.items()}
         refused = self._refusals(order, outcomes, report)
         result.failures += [Failure(outcomes.clients[row], "update", reason) for row, reason in refused.items()]
@@ -381,7 +384,7 @@ class Worker:
         # Last of what may fail for want of memory: clients that are tried again must not be in the sum already.
         if order.fold:
             weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
-            self._fold(result, shared | folded, weights, order.shared, outcomes.factors)
+            self._fold(result, shared | folded, weights, order.shared, outcomes.factors, alone)
         result.replies.append(columns)
         result.states |= states
 
@@ -392,6 +395,7 @@ class Worker:
         weights: list[float],
         base: Tensors,
         factors: Mapping[str, LowRank | None],
+        alone: bool,
     ) -> None:
         """Add clients' stacked tensors [k, ...], and a single one's ``factors`` of ``base``, to the block's sum."""
         if len(weights) > 1:
@@ -402,7 +406,9 @@ class Worker:
         wide = {n: tensors.pop(n) if update is None else update for n, update in factors.items()}
         # Whatever takes much memory comes first: a client is in all of the block's sums or in none.
         if result.partial is None:
-            partial = Partial.of({n: v.clone() for n, v in tensors.items()}, weights[0])
+            partial = Partial.of(tensors, weights[0])
+            if not alone:
+                partial.own()
             partial.add_wide(base, wide, weights[0])
             result.partial = partial
         else:

@@ -1,5 +1,7 @@
 """Folding: the mean's value, its invariance to the bit, and integer counters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -200,7 +202,7 @@ def test_a_round_of_factors_is_a_round_of_tensors(dataset, strategy, epochs):
     factored, dense = Small(dataset, **sections), Small(dataset, **sections)
     wide = "classifier.0.0.weight"
     assert came_as_factors(factored, wide) == (3 if epochs == 1 else 0)
-    object.__setattr__(dense.spec, "max_update_norm", 1e9)
+    dense.federation.pool.worker.spec = replace(dense.spec, max_update_norm=1e9)
     assert came_as_factors(dense, wide) == 0
     ours, theirs = factored.run(2), dense.run(2)
     for name, value in theirs.items():
@@ -211,7 +213,7 @@ def test_a_round_of_factors_is_a_round_of_tensors(dataset, strategy, epochs):
 def test_a_client_whose_factors_find_no_memory_is_in_no_sum(dataset, monkeypatch, client):
     sections = {"model": {"name": "mcmahan-cnn"}, "simulation": {"workers": 0, "block": 3}}
     small, others = Small(dataset, **sections), Small(dataset, **sections)
-    object.__setattr__(small.spec, "debug", False)
+    small.federation.pool.worker.spec = replace(small.spec, debug=False)
     (order,) = small.strategy.orders(1, small.federation.shared)
     calls, ready = [], WideSum.ready
 

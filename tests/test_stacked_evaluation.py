@@ -33,7 +33,7 @@ def test_the_scores_are_the_loops(dataset, strategy, model, monkeypatch):
     loop, stacked = (many(dataset, strategy, model, executor) for executor in ("loop", "vmap"))
     shared = stacked.run(2)
     for client in range(12):
-        loop.federation.store.put(client, 1, stacked.federation.state(client))
+        loop.federation.store.put(client, 1, stacked.federation.store.get(client))
     shared = stacked.strategy.model(shared)
     expected = loop.federation.evaluate(shared)
     called = []
