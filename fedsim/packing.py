@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 
 from fedsim.types import ClientState, Tensors
 
+CPU = torch.device("cpu")
 PRIVATE, MEMORY = "p/", "m/"
 Structure = tuple[tuple[str, torch.dtype, torch.Size], ...]  # names in their order, dtypes and shapes
 
@@ -126,12 +127,12 @@ def pack(private: Tensors, memory: Tensors, count: int) -> list[Packed]:
     return [Packed(layout, row) for row in out]
 
 
-def unpack(packed: Sequence[Packed]) -> list[ClientState]:
+def unpack(packed: Sequence[Packed], device: torch.device = CPU) -> list[ClientState]:
     """The states, in order, in tensors of their own; one that occurs several times is one object."""
     distinct = list({id(p): p for p in packed}.values())
     found: dict[int, ClientState] = {}
     for layout, numbers in _alike(distinct):
-        rows = torch.from_numpy(np.stack([distinct[n].row for n in numbers]))
+        rows = torch.from_numpy(np.stack([distinct[n].row for n in numbers])).to(device)
         private, memory = (_trees(rows, places) for places in (layout.private, layout.memory))
         found |= zip((id(distinct[n]) for n in numbers), map(ClientState, private, memory))
     return [found[id(p)] for p in packed]
@@ -148,7 +149,7 @@ def _trees(rows: torch.Tensor, places: Sequence[Place]) -> list[Tensors]:
 def _column(rows: torch.Tensor, place: Place) -> torch.Tensor:
     shape = (len(rows), *place.shape)
     if not place.shape.numel():
-        return torch.empty(shape, dtype=place.dtype)
+        return torch.empty(shape, dtype=place.dtype, device=rows.device)
     return rows[:, place.start : place.stop].reshape(-1).view(place.dtype).view(shape)
 
 

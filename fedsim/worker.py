@@ -238,7 +238,7 @@ class Worker:
         put = self._on_device
         order = replace(order, shared=put(order.shared), extra=put(order.extra), masks=put(order.masks))
         self.task.begin(order)
-        block = self._block(order, clients, unpack(states), result)
+        block = self._block(order, clients, unpack(states, self.device), result)
         fetch = self.examples.fetcher(spec.seed, order.round, spec.training.augment)
         for part in self._parts(block):
             self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
@@ -286,9 +286,6 @@ class Worker:
             reason = f"{shards.shape[1]} examples make no batch of at least {self.task.smallest_batch}"
             result.failures += [Failure(clients[p], "train", reason) for p in positions]
             idle |= set(positions.tolist())
-        if self.device.type != "cpu":
-            put = self._on_device
-            states = [ClientState(put(state.private), put(state.memory)) for state in states]
         # A sum over several clients need not be of tensors; a bound on each client's update looks at every one of them.
         sums = order.fold and order.task == "train" and len(clients) > 1 and not self.spec.max_update_norm
         factors = frozenset(order.returned) if sums and self.device.type == "cpu" else frozenset[str]()

@@ -63,6 +63,28 @@ def test_rewind_and_prune_keep_what_a_resume_needs(tmp_path):
     assert same(store.get(0), state(2))
 
 
+@pytest.mark.parametrize("budget", [1 << 30, 1])
+def test_what_an_earlier_process_left_is_pruned(tmp_path, budget):
+    """Kept directly or staged, on disk at once or later: a version is dropped when a newer one makes it needless."""
+    store = ClientStore(tmp_path / "c.sqlite", budget)
+    store.put(0, 1, state(1))
+    for round in (1, 2):
+        store.flush()
+        store.stage(1, round, state(round))
+        store.accept()
+    store.flush()
+    store.put(0, 3, state(3))
+    store.flush()
+    store.close()
+    again = ClientStore(tmp_path / "c.sqlite")
+    rows = lambda: again.db.execute("SELECT client, round FROM states ORDER BY client, round").fetchall()  # noqa: E731
+    again.prune(2)
+    assert rows() == [(0, 1), (0, 3), (1, 2)]
+    again.prune(3)
+    assert rows() == [(0, 3), (1, 2)]
+    assert again.versions == {}
+
+
 def test_a_small_budget_spills_to_the_file(tmp_path):
     store = ClientStore(tmp_path / "c.sqlite", budget=50)
     for client in range(10):
