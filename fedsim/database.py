@@ -77,7 +77,7 @@ def transaction(db: sqlite3.Connection, path: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path | None, what: str) -> Iterator[None]:
     """Name the file if what is read from it is damaged.
 
     Raises:

@@ -81,12 +81,12 @@ class Partial:
             self.wide = {}
 
     def own(self) -> None:
-        """Copy the tensors if they may be somebody else's, who will write to them."""
+        """Copy the tensors if they are still those that came, whose owner will write to them."""
         if not self.scaled:
             self.tensors = {n: v.clone() for n, v in self.tensors.items()}
 
     def sums(self) -> Tensors:
-        """The tensors in float64, their own, with the weight in them."""
+        """The tensors with the weight in them, made new in float64 if it was not."""
         if not self.scaled:
             self.tensors = {n: _scaled(v, self.weight) for n, v in self.tensors.items()}
             self.scaled = True

@@ -19,9 +19,10 @@ from fedsim.batches import BatchPlan
 from fedsim.models.norm import classify
 from fedsim.models.norm_layers import EvoNormB0
 from fedsim.optim import Optimizer
+from fedsim.packing import Packed, unpack
 from fedsim.plugin import Plugin
 from fedsim.stepping import WholeGradients, stepper
-from fedsim.types import ClientState, LowRank, Order, Tensors, View
+from fedsim.types import LowRank, Order, Tensors, View
 
 # (clients, the examples of each at a step [k, B], number of the step) -> inputs [k, B, ...], labels [k, B, ...]
 Fetch = Callable[[Sequence[int], np.ndarray, int], tuple[Tensor, Tensor]]
@@ -33,15 +34,15 @@ class Block:
 
     Attributes:
         clients: ascending.
-        states: their private state.
+        states: their private state, packed: an executor unpacks those that it trains at once.
         plans: (positions in ``clients`` [k], their steps); every position is in one of them.
         factors: shared tensors whose outcome may be left as ``Outcomes.factors``.
         steps: local steps of all clients of the block, of which this may be a part.
-        alone: the whole block is one client.
+        alone: the whole block is one client, so nothing is trained after it that would write to its outcome.
     """
 
     clients: list[int]
-    states: Sequence[ClientState]
+    states: Sequence[Packed]
     plans: Sequence[tuple[np.ndarray, BatchPlan]]
     factors: Collection[str] = ()
     steps: int = 0
@@ -145,10 +146,10 @@ class ClientTask:
         put("kinds", classify(model))
 
     def initial(self) -> tuple[Tensors, Tensors]:
-        """(shared, private) tensors of the skeleton as it was initialised."""
+        """(shared, private) tensors of the skeleton as it was initialised, the private ones in the order of replies."""
         state = {n: v.detach().clone() for n, v in self.model.state_dict().items() if n not in self.frozen}
         shared = {n: v for n, v in state.items() if n not in self.private}
-        return shared, {n: v for n, v in state.items() if n in self.private}
+        return shared, {n: state[n] for n in sorted(self.private)}
 
     @property
     def device(self) -> torch.device:
@@ -212,7 +213,8 @@ def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     read = stepping.read(order.shared)
     plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     try:
-        for position, (client, state) in enumerate(zip(block.clients, block.states)):
+        for position, (client, packed) in enumerate(zip(block.clients, block.states)):
+            (state,) = unpack([packed], task.device)
             with torch.no_grad():
                 for name, value in {**order.shared, **state.private}.items():
                     if name not in read:

@@ -38,7 +38,8 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How a state's tensors lie in a row of ``size`` bytes. There is one object for each ``head``."""
+    """How a state's tensors lie in a row of ``size`` bytes. Those with one ``head`` are one object, as long as it is
+    among the last that were asked for."""
 
     head: bytes
     size: int
@@ -57,15 +58,16 @@ class Layout:
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def read(head: bytes) -> Layout:
-        entries = {name: entry["data_offsets"] for name, entry in json.loads(head[8:]).items()}
-        size = max((stop for _, stop in entries.values()), default=0)
-        tensors = load(head + bytes(size))  # the library reads the dtypes, and checks that the places are one row
+        entries = json.loads(head[8:])
+        dtypes = _dtypes(entries)
 
         def places(prefix: str) -> tuple[Place, ...]:
-            names = sorted(name for name in tensors if name.startswith(prefix))
-            return tuple(Place(n[len(prefix) + 7 :], tensors[n].dtype, tensors[n].shape, *entries[n]) for n in names)
+            found = [(name, entries[name]) for name in sorted(entries) if name.startswith(prefix)]
+            short = len(prefix) + 7
+            return tuple(Place(n[short:], dtypes[n], torch.Size(e["shape"]), *e["data_offsets"]) for n, e in found)
 
-        return Layout(head, size, places(PRIVATE), places(MEMORY))
+        private, memory = places(PRIVATE), places(MEMORY)
+        return Layout(head, max((place.stop for place in (*private, *memory)), default=0), private, memory)
 
     @property
     def empty(self) -> bool:
@@ -111,6 +113,12 @@ def head_of(data: bytes) -> bytes:
     return data[: 8 + int.from_bytes(data[:8], "little")]
 
 
+def _dtypes(entries: dict[str, dict]) -> dict[str, torch.dtype]:
+    """Of a header's tensors, by their names: as the library reads them from a file in which they are empty."""
+    header = json.dumps({n: {**entry, "shape": [0], "data_offsets": [0, 0]} for n, entry in entries.items()}).encode()
+    return {name: value.dtype for name, value in load(len(header).to_bytes(8, "little") + header).items()}
+
+
 def _structure(columns: Tensors) -> Structure:
     return tuple((name, value.dtype, value.shape[1:]) for name, value in columns.items())
 
@@ -131,19 +139,25 @@ def unpack(packed: Sequence[Packed], device: torch.device = CPU) -> list[ClientS
     """The states, in order, in tensors of their own; one that occurs several times is one object."""
     distinct = list({id(p): p for p in packed}.values())
     found: dict[int, ClientState] = {}
-    for layout, numbers in _alike(distinct):
-        rows = torch.from_numpy(np.stack([distinct[n].row for n in numbers])).to(device)
-        private, memory = (_trees(rows, places) for places in (layout.private, layout.memory))
-        found |= zip((id(distinct[n]) for n in numbers), map(ClientState, private, memory))
+    for numbers in _alike(distinct):
+        group = [distinct[n] for n in numbers]
+        private, memory = (_rows(tree, len(group)) for tree in columns(group, device))
+        found |= zip(map(id, group), map(ClientState, private, memory))
     return [found[id(p)] for p in packed]
 
 
-def _trees(rows: torch.Tensor, places: Sequence[Place]) -> list[Tensors]:
-    """[k, size] -> k trees, whose tensors are views of a column for each place."""
-    if not places:
-        return [{} for _ in rows]
-    names = [place.name for place in places]
-    return [dict(zip(names, values)) for values in zip(*(_column(rows, place).unbind(0) for place in places))]
+def columns(packed: Sequence[Packed], device: torch.device = CPU) -> tuple[Tensors, Tensors]:
+    """(private, memory) of states of one layout: tensors [k, ...] of their own."""
+    layout = packed[0].layout
+    rows = torch.from_numpy(np.stack([p.row for p in packed])).to(device)
+    private, memory = ({p.name: _column(rows, p) for p in places} for places in (layout.private, layout.memory))
+    return private, memory
+
+
+def _rows(tree: Tensors, count: int) -> list[Tensors]:
+    """[count, ...] of each name -> a tree of views for each row."""
+    cut = [value.unbind(0) for value in tree.values()]
+    return [dict(zip(tree, values)) for values in zip(*cut)] if cut else [{} for _ in range(count)]
 
 
 def _column(rows: torch.Tensor, place: Place) -> torch.Tensor:
@@ -153,12 +167,12 @@ def _column(rows: torch.Tensor, place: Place) -> torch.Tensor:
     return rows[:, place.start : place.stop].reshape(-1).view(place.dtype).view(shape)
 
 
-def _alike(packed: Sequence[Packed]) -> list[tuple[Layout, list[int]]]:
+def _alike(packed: Sequence[Packed]) -> list[list[int]]:
     """Positions of the states of each layout."""
     alike: dict[Layout, list[int]] = {}
     for position, one in enumerate(packed):
         alike.setdefault(one.layout, []).append(position)
-    return list(alike.items())
+    return list(alike.values())
 
 
 class States(Sequence[Packed]):
@@ -178,7 +192,7 @@ class States(Sequence[Packed]):
         distinct = {id(state): state for state in self.states}
         order = {key: number for number, key in enumerate(distinct)}
         unique = list(distinct.values())
-        groups = [(layout, at, _block([unique[n].row for n in at])) for layout, at in _alike(unique)]
+        groups = [(unique[at[0]].layout, at, _block([unique[n].row for n in at])) for at in _alike(unique)]
         return _states, ([order[id(state)] for state in self.states], groups)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from fedsim.worker import BlockResult, Worker, WorkerSpec
+from fedsim.worker import Worker, WorkerSpec
 
 
 class WorkerLost(Exception):
@@ -44,10 +44,7 @@ class InProcess:
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
         for number, call in enumerate(calls):
-            result = getattr(self.worker, method)(common, *call)
-            if isinstance(result, BlockResult) and result.partial is not None:
-                result.partial.own()
-            yield number, result
+            yield number, getattr(self.worker, method)(common, *call)
 
     def close(self) -> None:
         pass

@@ -47,7 +47,7 @@ class _Actor:
     def __init__(self, spec: WorkerSpec):
         keep_memory()
         _register_tensors()
-        self.worker = Worker(spec)
+        self.worker = Worker(spec, lends=True)
 
     def where(self) -> tuple[str, int]:
         """(node, process)"""

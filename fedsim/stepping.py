@@ -81,7 +81,7 @@ class WholeGradients:
         return {}
 
     def close(self) -> None:
-        """Leave the parameters as they were found."""
+        """Take off the model what was hung on it; the parameters keep their values."""
 
 
 class InBackward(WholeGradients):

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedsim.database import open_database, transaction
+from fedsim.database import open_database, reading, transaction
 from fedsim.errors import DataError
 from fedsim.packing import Packed
 
@@ -38,11 +38,12 @@ class ClientStore:
         self.bytes = 0
         self.staged: dict[int, tuple[int, Packed]] = {}
         self.staged_bytes, self.spilled = 0, False
-        # Clients that may have several versions, and the newest's round.
-        self.versions: dict[int, int] = dict(
-            self.db.execute("SELECT client, MAX(round) FROM states GROUP BY client HAVING COUNT(*) > 1")
-        )
-        self.empty = self.db.execute("SELECT 1 FROM states LIMIT 1").fetchone() is None
+        with reading(path, "private states"):
+            # Clients that may have several versions, and the newest's round.
+            self.versions: dict[int, int] = dict(
+                self.db.execute("SELECT client, MAX(round) FROM states GROUP BY client HAVING COUNT(*) > 1")
+            )
+            self.empty = self.db.execute("SELECT 1 FROM states LIMIT 1").fetchone() is None
 
     def get(self, client: int) -> Packed | None:
         """The newest state of a client, or None if it was never trained.

@@ -23,6 +23,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, score
 from fedsim.optim import Moments
+from fedsim.packing import columns
 from fedsim.replay import Replay
 from fedsim.stepping import project, transform
 from fedsim.types import Order, Tensors, View
@@ -77,9 +78,9 @@ def run_vmap(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     their own, since a stacked tensor needs every client.
     """
     task.begin(order)
-    alike: dict[tuple[str, ...], list[int]] = {}
+    alike: dict[bytes, list[int]] = {}
     for position, state in enumerate(block.states):
-        alike.setdefault(tuple(sorted(state.memory)), []).append(position)
+        alike.setdefault(state.layout.head, []).append(position)
     with _one_dtype_for_batch_norm(task):
         if len(alike) == 1:
             yield _run_alike(task, order, block, lr, fetch)
@@ -106,7 +107,7 @@ def _one_dtype_for_batch_norm(task: ClientTask) -> Iterator[None]:
 
 def _start(task: ClientTask, order: Order, block: Block, lr: float) -> _Stack:
     k = len(block)
-    private, memory = stacked([s.private for s in block.states]), stacked([s.memory for s in block.states])
+    private, memory = columns(block.states, task.device)
     # Normalization writes its buffers in place, so every state tensor is batched, shared ones too.
     shared = {n: v.expand(k, *v.shape).clone() for n, v in order.shared.items()}
     state = {**shared, **private}

@@ -27,9 +27,9 @@ from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
 from fedsim.optim import learning_rate
-from fedsim.packing import Packed, States, pack, unpack
+from fedsim.packing import Packed, States, pack
 from fedsim.random import generator, torch_generator
-from fedsim.types import FOLDED, ClientState, LowRank, Order, ReplyColumns, Tensors
+from fedsim.types import FOLDED, LowRank, Order, ReplyColumns, Tensors
 from fedsim.vectorized import run_vmap, score_stacked, stacks_models
 
 Executor = Callable[[ClientTask, Order, Block, float, Fetch], Iterator[Outcomes]]
@@ -159,12 +159,17 @@ def _keep_layout(model: torch.nn.Module) -> None:
 
 
 class Worker:
-    def __init__(self, spec: WorkerSpec):
+    """Args:
+    lends: whatever ``train`` returns is sent elsewhere before the next call, so it may be of the worker's own tensors.
+    """
+
+    def __init__(self, spec: WorkerSpec, lends: bool = False):
         gc.freeze()  # what is loaded by now stays: not to be looked through again with every thousand small objects
         torch.set_num_threads(1)  # sums over threads would make the bits depend on their number
         # The skeleton is written to, and what came through Ray's object store is memory shared by all workers.
         self.task = copy.deepcopy(spec.task)
         self.spec = replace(spec, task=self.task)
+        self.lends = lends
         self.device = torch.device(spec.device)
         if self.device.type == "cuda":  # torch by itself lets convolutions use tf32, and products not
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.task.precision == "tf32"
@@ -218,10 +223,7 @@ class Worker:
         return tensors if self.device.type == "cpu" else {n: v.to(self.device) for n, v in tensors.items()}
 
     def train(self, order: Order, clients: Sequence[int], states: Sequence[Packed], threads: int = 1) -> BlockResult:
-        """Carry out an order for a block of clients (ascending numbers), each with its private state.
-
-        The sum of a block of one client may be of the worker's own tensors: to be sent, or copied by ``Partial.own``,
-        before the next call."""
+        """Carry out an order for a block of clients (ascending numbers), each with its private state."""
         torch.set_num_threads(threads)
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -238,7 +240,7 @@ class Worker:
         put = self._on_device
         order = replace(order, shared=put(order.shared), extra=put(order.extra), masks=put(order.masks))
         self.task.begin(order)
-        block = self._block(order, clients, unpack(states, self.device), result)
+        block = self._block(order, clients, states, result)
         fetch = self.examples.fetcher(spec.seed, order.round, spec.training.augment)
         for part in self._parts(block):
             self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
@@ -275,7 +277,7 @@ class Worker:
 
         return timed if limit else fetch
 
-    def _block(self, order: Order, clients: Sequence[int], states: Sequence[ClientState], result: BlockResult) -> Block:
+    def _block(self, order: Order, clients: Sequence[int], states: Sequence[Packed], result: BlockResult) -> Block:
         plans, idle = [], set[int]()
         for positions, shards in self.spec.shards.by_size(clients):
             plan = self._plan(order, [clients[p] for p in positions], shards)
@@ -304,7 +306,7 @@ class Worker:
             torch.cuda.manual_seed(draw.initial_seed())
         try:
             for outcomes in EXECUTORS[self.spec.executor](self.task, order, block, lr, fetch):
-                self._accept(order, outcomes, result, block.alone)
+                self._accept(order, outcomes, result, lend=self.lends and block.alone)
             return
         except OutOfTime as error:
             result.failures += [Failure(client, "time", str(error)) for client in block.clients]
@@ -350,8 +352,8 @@ class Worker:
                 found[row] = reason
         return found
 
-    def _accept(self, order: Order, outcomes: Outcomes, result: BlockResult, alone: bool) -> None:
-        """Take the outcomes that can be believed into ``result``; ``alone``: nothing is trained there after them."""
+    def _accept(self, order: Order, outcomes: Outcomes, result: BlockResult, *, lend: bool) -> None:
+        """Take the outcomes that can be believed into ``result``."""
         report = {n: v.detach().cpu() for n, v in outcomes.report.items()}
         refused = self._refusals(order, outcomes, report)
         result.failures += [Failure(outcomes.clients[row], "update", reason) for row, reason in refused.items()]
@@ -381,7 +383,7 @@ class Worker:
         # Last of what may fail for want of memory: clients that are tried again must not be in the sum already.
         if order.fold:
             weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
-            self._fold(result, shared | folded, weights, order.shared, outcomes.factors, alone)
+            self._fold(result, shared | folded, weights, order.shared, outcomes.factors, lend)
         result.replies.append(columns)
         result.states |= states
 
@@ -392,7 +394,7 @@ class Worker:
         weights: list[float],
         base: Tensors,
         factors: Mapping[str, LowRank | None],
-        alone: bool,
+        lend: bool,
     ) -> None:
         """Add clients' stacked tensors [k, ...], and a single one's ``factors`` of ``base``, to the block's sum."""
         if len(weights) > 1:
@@ -404,7 +406,7 @@ class Worker:
         # Whatever takes much memory comes first: a client is in all of the block's sums or in none.
         if result.partial is None:
             partial = Partial.of(tensors, weights[0])
-            if not alone:
+            if not lend:
                 partial.own()
             partial.add_wide(base, wide, weights[0])
             result.partial = partial

@@ -13,7 +13,9 @@ import torch
 
 from fedsim.checkpoint import state_sha256
 from fedsim.examples import Examples
+from fedsim.fold import Partial
 from fedsim.local import run_loop
+from fedsim.packing import columns
 from fedsim.types import Order, ReplyColumns
 from fedsim.worker import EXECUTORS, LAYOUTS
 from tests.conftest import Small, shards_of, small_config
@@ -126,6 +128,42 @@ def test_memory_that_runs_out_after_training_puts_nobody_into_the_sum_twice(data
     assert found.weight == whole.weight
     for name, value in found.sums().items():
         torch.testing.assert_close(value, whole.sums()[name], rtol=1e-4, atol=1e-3)
+
+
+def test_states_that_do_not_fit_into_memory_at_once_are_tried_in_halves(dataset, monkeypatch):
+    sections = {"algorithm": {"strategy": "scaffold"}, "simulation": {"executor": "vmap", "block": 5}}
+    expected = Small(dataset, five(dataset), **sections).run(2)
+
+    def scarce(packed, device):
+        if len(packed) > 3:
+            raise MemoryError("no")
+        return columns(packed, device)
+
+    monkeypatch.setattr("fedsim.vectorized.columns", scarce)
+    small = Small(dataset, five(dataset), **sections)
+    for name, value in small.run(2).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert [(what, d["clients"]) for what, d in small.federation.events] == [("narrowed", [0, 1, 2, 3, 4])]
+
+
+@pytest.mark.parametrize("block", [1, 5])
+def test_a_client_whose_tensors_cannot_be_kept_costs_nobody_else(dataset, monkeypatch, block):
+    sections = {"simulation": {"executor": "loop", "block": block}}
+    small, others = Small(dataset, five(dataset), **sections), Small(dataset, five(dataset), **sections)
+    small.federation.pool.worker.spec = replace(small.spec, debug=False)
+    order = Order(1, small.federation.shared)
+    calls, own = [], Partial.own
+
+    def failing(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise MemoryError
+        own(self)
+
+    monkeypatch.setattr(Partial, "own", failing)
+    found = small.federation.train(order, range(5)).mean(order.shared)
+    assert [f.client for f in small.federation.failures] == [0]
+    assert state_sha256(found) == state_sha256(others.federation.train(order, range(1, 5)).mean(order.shared))
 
 
 def test_a_client_that_alone_is_too_much_is_given_up(dataset, monkeypatch):

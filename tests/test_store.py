@@ -105,6 +105,24 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         store.get(0)
 
 
+def test_a_file_whose_pages_are_damaged_is_named_when_it_is_opened(tmp_path):
+    path = tmp_path / "c.sqlite"
+    store = ClientStore(path)
+    for client in range(400):
+        store.put(client, 1, state(float(client)))
+    store.flush()
+    (page,) = store.db.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name LIKE 'sqlite_autoindex_states%'"
+    ).fetchone()
+    store.close()
+    size = 4096  # SQLite's pages
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * size : page * size] = b"x" * size
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"c\.sqlite: not the private states of a run"):
+        ClientStore(path)
+
+
 def test_a_full_disk_is_one_error_and_no_half_round(tmp_path):
     store = ClientStore(tmp_path / "c.sqlite")
     store.put(0, 1, state(0.5))

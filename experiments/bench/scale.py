@@ -51,6 +51,7 @@ def fill(store: ClientStore, federation: Federation) -> None:
         store.put(client, 0, state)
     store.flush()
     store.recent.clear()
+    store.versions.clear()
     store.bytes = 0
 
 

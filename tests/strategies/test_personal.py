@@ -10,6 +10,7 @@ from fedsim.batches import BatchPlan, Layout
 from fedsim.errors import ConfigError
 from fedsim.local import Block, ClientTask, run_loop
 from fedsim.optim import SGD
+from fedsim.packing import Packed
 from fedsim.types import ClientState, Order
 from fedsim.vectorized import run_vmap
 from tests.conftest import Small
@@ -32,7 +33,7 @@ def test_ditto_equals_numpy_over_two_rounds(executor):
     shared, private = task.initial()
     w = shared["shared.weight"].numpy().copy()
     v = np.stack([w, w])
-    states = [ClientState(private, {}) for _ in range(2)]
+    states = [Packed.of(ClientState(private, {})) for _ in range(2)]
     for t in (1, 2):
         fetch = lambda ks, i, s: (torch.tensor(x[ks, s]), torch.tensor(y[ks, s]))  # noqa: E731
         plan = BatchPlan(np.zeros((2, 12), np.int64), Layout(1, ((0, 4), (4, 8), (8, 12)), 0))
@@ -41,7 +42,7 @@ def test_ditto_equals_numpy_over_two_rounds(executor):
         for o in executor(task, Order(t, shared), block, eta, fetch):
             for row, k in enumerate(o.clients):
                 outcomes.append(o.shared["shared.weight"][row].clone())
-                states[k] = ClientState({n: v[row].clone() for n, v in o.private.items()})
+                states[k] = Packed.of(ClientState({n: v[row] for n, v in o.private.items()}))
         sent, local = w, [w, w]
         for k in range(2):
             for s in range(3):
@@ -51,7 +52,7 @@ def test_ditto_equals_numpy_over_two_rounds(executor):
         shared = {"shared.weight": torch.stack(outcomes).mean(0)}
         np.testing.assert_allclose(shared["shared.weight"].numpy(), w, rtol=1e-10)
         for k in range(2):
-            np.testing.assert_allclose(states[k].private["personal.weight"].numpy(), v[k], rtol=1e-10)
+            np.testing.assert_allclose(states[k].state.private["personal.weight"].numpy(), v[k], rtol=1e-10)
 
 
 def test_ditto_is_evaluated_with_the_personal_model():
