@@ -120,7 +120,8 @@ def evaluate(message: Message, context: Context) -> Message:
     number = _client_number(context, planned)
     shared, dataset = to_tensors(_arrays(message)), planned.dataset
     domain = planned.shards.domains[max(int(planned.shards.domain[number]), 0)]
-    job = EvaluationJob(number, domain, "test", dataset.slice(domain, "test"), _state(context, planned).private)
+    private = Packed.of(_state(context, planned)).private
+    job = EvaluationJob(number, domain, "test", dataset.slice(domain, "test"), private)
     (score,) = worker.evaluate(shared, [job])
     metrics: dict[str, Any] = {
         "num-examples": score.examples,

@@ -24,7 +24,7 @@ from fedsim.store import ClientStore
 from fedsim.strategy import Replies, Rows
 from fedsim.traffic import order_bytes, replies_bytes
 from fedsim.types import ClientState, Order, ReplyColumns, Tensors
-from fedsim.worker import BlockResult, EvaluationJob, Failure, Narrowed, Score, WorkerSpec
+from fedsim.worker import BlockResult, EvaluationJob, Failure, Jobs, Narrowed, Score, WorkerSpec
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
@@ -87,7 +87,7 @@ class Federation:
         self.cohort, self.block, self.odd_block_threads = cohort, block, odd_block_threads
         self.validation, self.unseen, self.never_sampled = validation, unseen, never_sampled
         _, self.private = spec.task.initial()
-        self.untrained = Packed.of(ClientState(self.private, {}))
+        self.untrained = Packed.of(ClientState(self.private))
         self.policy, self.needs = policy, needs
         self.failures: list[Failure] = []
         self.void: str | None = None
@@ -112,7 +112,10 @@ class Federation:
     def state(self, client: int) -> ClientState:
         """A client's private state; one that was never trained has the initial private tensors."""
         found = self.store.get(client)
-        return found.state if found else ClientState(self.private, {})
+        return found.state if found else ClientState(self.private)
+
+    def _private(self, client: int) -> Packed:
+        return (self.store.get(client) or self.untrained).private
 
     def packed(self, clients: Sequence[int]) -> States:
         """Clients' private states as they travel."""
@@ -216,7 +219,10 @@ class Federation:
         def jobs() -> Iterator[EvaluationJob]:
             for job in self._trained_on_unseen() if mode.every_model else self._jobs(split, mode.own_examples):
                 replaced = newcomer if job.client >= 0 and not self.store.get(job.client) else {}
-                yield replace(job, mode=name, private={**job.private, **replaced, **gathered})
+                private = job.private
+                if replaced or gathered:
+                    private = Packed.of(ClientState({**private.state.private, **replaced, **gathered}))
+                yield replace(job, mode=name, private=private)
 
         return mode.choose(self._evaluate(shared, jobs()))
 
@@ -225,7 +231,7 @@ class Federation:
         indices = self.spec.dataset.slice(self.unseen, "test")
         for client in range(len(self)):
             if found := self.store.get(client):
-                yield EvaluationJob(client, self.unseen, "unseen", indices, found.state.private)
+                yield EvaluationJob(client, self.unseen, "unseen", indices, found.private)
 
     def _evaluate(self, shared: Tensors, every: Iterator[EvaluationJob]) -> list[Score]:
         scores = []
@@ -233,7 +239,7 @@ class Federation:
         while jobs := list(itertools.islice(every, WINDOW)):
             chunks = self._chunks(jobs)
             found: dict[int, Score] = {}
-            for number, result in self.pool.map("evaluate", shared, [([jobs[i] for i in c],) for c in chunks]):
+            for number, result in self.pool.map("evaluate", shared, [(Jobs(jobs[i] for i in c),) for c in chunks]):
                 if isinstance(result, WorkerLost):
                     mend = "; raise simulation.time-limit, or set it to 0" if result.stage == "time" else ""
                     raise FedsimError(f"evaluation failed: {result}{mend}")
@@ -258,19 +264,18 @@ class Federation:
                 return
             for client, indices in enumerate(self.validation):
                 if len(indices):
-                    private = self.state(client).private
-                    yield EvaluationJob(client, self.domains(client)[0], split, indices, private)
+                    yield EvaluationJob(client, self.domains(client)[0], split, indices, self._private(client))
         elif split == "unseen":
             if self.unseen:
-                yield EvaluationJob(-1, self.unseen, split, dataset.slice(self.unseen, "test"), self.newcomer())
+                private = Packed.of(ClientState(self.newcomer()))
+                yield EvaluationJob(-1, self.unseen, split, dataset.slice(self.unseen, "test"), private)
         elif not self.private and not every_client:
             for domain in shards.domains:
                 yield EvaluationJob(-1, domain, split, dataset.slice(domain, "test"))
         else:
             for client in range(len(shards)):
                 for domain in self.domains(client):
-                    private = self.state(client).private
-                    yield EvaluationJob(client, domain, split, dataset.slice(domain, "test"), private)
+                    yield EvaluationJob(client, domain, split, dataset.slice(domain, "test"), self._private(client))
 
     def traffic(self, order: Order, clients: Sequence[int], replies: Replies) -> tuple[int, int]:
         """(bytes down, bytes up) of an order: what its serialized messages would take on a wire."""

@@ -49,6 +49,7 @@ class Layout:
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def of(private: Structure, memory: Structure) -> Layout:
+        """Of states with such tensors."""
         tensors: Tensors = {}
         for prefix, tree in ((PRIVATE, private), (MEMORY, memory)):
             # Numbered, since the file keeps no order and sums over tensors depend on it.
@@ -58,6 +59,7 @@ class Layout:
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def read(head: bytes) -> Layout:
+        """From the header of a file that ``Packed.to_bytes`` made."""
         entries = json.loads(head[8:])
         dtypes = _dtypes(entries)
 
@@ -90,9 +92,19 @@ class Packed:
         single = lambda tree: {n: v.unsqueeze(0) for n, v in tree.items()}  # noqa: E731
         return pack(single(state.private), single(state.memory), 1)[0]
 
+    @staticmethod
+    @functools.cache
+    def nothing() -> Packed:
+        return Packed.of(ClientState())
+
     @property
     def state(self) -> ClientState:
         return unpack([self])[0]
+
+    @property
+    def private(self) -> Packed:
+        """The same without what plug-ins remember."""
+        return Packed.of(ClientState(self.state.private)) if self.layout.memory else self
 
     def copy(self) -> Packed:
         return Packed(self.layout, self.row.copy())

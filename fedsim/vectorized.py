@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +60,6 @@ class _Stack:
         for name, values in part.moments.items():
             for mine_v, value in zip(self.moments[name], values):
                 mine_v.index_copy_(0, rows, value)
-
-
-def stacked(trees: Sequence[Tensors]) -> Tensors:
-    """K dicts of [...] -> one dict of [K, ...].
-
-    Raises:
-        KeyError: the dicts do not hold the same names.
-    """
-    return {n: torch.stack([t[n] for t in trees]) for n in trees[0]}
 
 
 def run_vmap(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fetch) -> Iterator[Outcomes]:
@@ -261,17 +252,17 @@ def stacks_models(task: ClientTask, device: str) -> bool:
 
 
 def score_stacked(
-    task: ClientTask, shared: Tensors, private: Sequence[Tensors], batches: Iterable[tuple[Tensor, Tensor]]
+    task: ClientTask, shared: Tensors, private: Tensors, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[list[float], list[float]]:
-    """K models that differ in ``private`` on the same batches: correct predictions [K] and summed loss [K]."""
-    stack, k = stacked(private), len(private)
+    """K models that differ in ``private`` [K, ...] on the same batches: correct predictions [K] and summed loss [K]."""
+    k = len(next(iter(private.values())))
     hits, loss = torch.zeros(k, device=task.device), torch.zeros(k, dtype=torch.float64, device=task.device)
     for x, y in batches:
 
         def one(own: Tensors, x: Tensor = x, y: Tensor = y) -> tuple[Tensor, Tensor]:
             return score(functional_call(task.model, {**shared, **own}, (x,)), y)
 
-        right, mean = vmap(one)(stack)
+        right, mean = vmap(one)(private)
         hits += right
         loss += mean.double() * len(y)
     return hits.tolist(), loss.tolist()

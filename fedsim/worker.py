@@ -27,7 +27,7 @@ from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
 from fedsim.optim import learning_rate
-from fedsim.packing import Packed, States, pack
+from fedsim.packing import Packed, States, columns, pack
 from fedsim.random import generator, torch_generator
 from fedsim.types import FOLDED, LowRank, Order, ReplyColumns, Tensors
 from fedsim.vectorized import run_vmap, score_stacked, stacks_models
@@ -116,8 +116,20 @@ class EvaluationJob:
     domain: str
     split: str  # test | validation | unseen
     indices: np.ndarray
-    private: Tensors = field(default_factory=dict)
+    private: Packed = field(default_factory=Packed.nothing)  # without memory
     mode: str = ""
+
+
+class Jobs(list[EvaluationJob]):
+    """Evaluation jobs whose models' private tensors are pickled as rows, like those that training is given."""
+
+    def __reduce__(self) -> Any:
+        bare = [replace(job, private=Packed.nothing()) for job in self]
+        return _jobs, (bare, States([job.private for job in self]))
+
+
+def _jobs(jobs: list[EvaluationJob], states: States) -> Jobs:
+    return Jobs(replace(job, private=private) for job, private in zip(jobs, states))
 
 
 @dataclass(frozen=True)
@@ -420,11 +432,11 @@ class Worker:
         """Accuracy and loss in evaluation mode. Under vmap, jobs that differ in private tensors alone are scored at
         once where that is faster; the scores are the same up to rounding."""
         shared = self._on_device(shared)
-        together: dict[str, list[int]] = {}  # by domain
+        together: dict[tuple[str, bytes], list[int]] = {}  # by domain and what is private
         scores: dict[int, Score] = {}
         for position, job in enumerate(jobs):
             if self.spec.stacks and job.client >= 0 and job.split == "test" and not job.mode:
-                together.setdefault(job.domain, []).append(position)
+                together.setdefault((job.domain, job.private.layout.head), []).append(position)
             else:
                 scores[position] = self._score(shared, job)
         for positions in together.values():
@@ -434,7 +446,7 @@ class Worker:
     def _score(self, shared: Tensors, job: EvaluationJob) -> Score:
         model = self.task.model.eval()
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, value in {**shared, **job.private}.items():
+        for name, value in {**shared, **job.private.state.private}.items():
             named[name].copy_(value)
         split = "train" if job.split == "validation" else "test"  # validation examples are held-out training ones
         hits, loss = 0.0, 0.0
@@ -452,7 +464,8 @@ class Worker:
         indices, size = jobs[0].indices, self.spec.evaluation_batch
         batches = (self.examples.batch("test", indices[i : i + size]) for i in range(0, len(indices), size))
         try:
-            hits, loss = score_stacked(self.task, shared, [self._on_device(job.private) for job in jobs], batches)
+            private, _ = columns([job.private for job in jobs], self.device)
+            hits, loss = score_stacked(self.task, shared, private, batches)
         except Exception as error:
             if len(jobs) == 1 or not out_of_memory(error):
                 raise

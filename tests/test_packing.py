@@ -2,13 +2,14 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
 
 from fedsim.packing import Packed, States, unpack
 from fedsim.types import ClientState
-from fedsim.worker import BlockResult
+from fedsim.worker import BlockResult, EvaluationJob, Jobs
 
 TREE = {
     "w": torch.arange(6.0).reshape(2, 3),
@@ -75,3 +76,16 @@ def test_a_message_of_many_states_has_one_array():
     sent = pickle.loads(data, buffers=buffers)
     assert list(sent.states) == list(range(50))
     same(sent.states[49].state.private, state(49).private)
+
+
+def test_a_message_of_many_models_to_evaluate_has_one_array_of_them():
+    indices, buffers = np.arange(5), []
+    jobs = Jobs(EvaluationJob(k, "d", "test", indices, Packed.of(state(k, memory=True)).private) for k in range(50))
+    jobs.append(EvaluationJob(-1, "d", "test", indices))
+    data = pickle.dumps(jobs, protocol=5, buffer_callback=buffers.append)
+    assert sum(memoryview(b).nbytes > 40 for b in buffers) == 1
+    sent = pickle.loads(data, buffers=buffers)
+    assert [job.client for job in sent] == [*range(50), -1]
+    same(sent[49].private.state.private, state(49).private)
+    assert sent[49].private.state.memory == {}, "no evaluation needs it"
+    assert sent[50].private.state.private == {}

@@ -28,6 +28,10 @@ def many(dataset, strategy: str, model: str, executor: str) -> Small:
     )
 
 
+def width(private):
+    return len(next(iter(private.values())))
+
+
 @pytest.mark.parametrize(("strategy", "model"), CASES)
 def test_the_scores_are_the_loops(dataset, strategy, model, monkeypatch):
     loop, stacked = (many(dataset, strategy, model, executor) for executor in ("loop", "vmap"))
@@ -38,7 +42,7 @@ def test_the_scores_are_the_loops(dataset, strategy, model, monkeypatch):
     expected = loop.federation.evaluate(shared)
     called = []
     score = worker_module.score_stacked
-    monkeypatch.setattr(worker_module, "score_stacked", lambda *a: called.append(len(a[2])) or score(*a))
+    monkeypatch.setattr(worker_module, "score_stacked", lambda *a: called.append(width(a[2])) or score(*a))
     found = stacked.federation.evaluate(shared)
     assert called == [4, 4, 4]
     assert [(s.client, s.domain, s.examples) for s in found] == [(s.client, s.domain, s.examples) for s in expected]
@@ -54,8 +58,8 @@ def test_what_does_not_fit_into_memory_at_once_is_scored_in_halves(dataset, monk
     score, sizes = worker_module.score_stacked, []
 
     def one_at_most(task, shared, private, batches):
-        sizes.append(len(private))
-        if len(private) > 1:
+        sizes.append(width(private))
+        if width(private) > 1:
             raise torch.OutOfMemoryError
         return score(task, shared, private, batches)
 

@@ -152,7 +152,8 @@ class Site:
         shards, validation = own_shard(config, dataset, self.domain, job.client)
         self.plan = plan(config, (dataset, shards, validation))
         self.worker = Worker(self.plan.spec)
-        self.initial, self.private = self.plan.task.initial()
+        self.initial, private = self.plan.task.initial()
+        self.untrained = Packed.of(ClientState(private))
         if self.store is not None:
             self.store.close()
         if self.folder is not None:
@@ -183,7 +184,7 @@ class Site:
             raise Refused(f"order refused: {reason}")
         # Always from the state before this order, so that one sent again gives the same bits.
         store.rewind(job.sequence - 1)
-        state = store.get(job.client) or Packed.of(ClientState(self.private, {}))
+        state = store.get(job.client) or self.untrained
         result = self.worker.train(replace(order, fold=False), [job.client], [state])
         if result.failures:
             raise Refused(result.failures[0].reason)
@@ -207,8 +208,7 @@ class Site:
         if reason is not None:
             raise Refused(f"evaluation refused: {reason}")
         store.rewind(job.sequence)
-        kept = store.get(job.client)
-        private = kept.state.private if kept else self.private
+        private = (store.get(job.client) or self.untrained).private
         indices = self.plan.dataset.slice(self.domain, "test")
         if job.split == "validation":
             indices = self.plan.validation[job.client] if self.plan.validation is not None else indices[:0]
