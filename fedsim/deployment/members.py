@@ -73,5 +73,7 @@ class Members:
             return sorted(self.members.values(), key=lambda m: m.name)
 
     def present(self, member: Member, patience: float) -> bool:
-        """Heard of within ``patience`` seconds, and still registered."""
-        return self.by_key(member.key) is member and time.monotonic() - member.seen < patience
+        """Connected, heard of within ``patience`` seconds, and still registered. One that is about to connect has been
+        heard of, but the link state takes no message for it yet."""
+        known = self.by_key(member.key) is member and member.activations > 0
+        return known and time.monotonic() - member.seen < patience

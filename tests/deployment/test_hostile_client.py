@@ -256,5 +256,20 @@ def test_a_client_that_never_stops_sending_is_stopped(deploy):
     assert server.text().count("client 'photo' sent more than 200000 bytes for one order: refused") == 2
 
 
+def test_a_client_that_is_about_to_connect_is_not_there_yet(deploy, monkeypatch):
+    deployment = deploy(rounds=1)
+    activate = fleet.FleetServicer.ActivateNode
+
+    def slow(self, request, context):
+        time.sleep(0.5)
+        return activate(self, request, context)
+
+    monkeypatch.setattr(fleet.FleetServicer, "ActivateNode", slow)  # processes are forked: the server's too
+    server = deployment.server()
+    clients = deployment.clients()
+    assert server.wait() == 0, server.text()
+    assert [c.wait() for c in clients] == [0, 0, 0]
+
+
 def read(deployment, name: str):
     return keys.read_key(deployment.pki / f"{name}.key")
