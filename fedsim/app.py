@@ -107,7 +107,7 @@ def train(message: Message, context: Context) -> Message:
     if result.failures:
         return Message(Error(CLIENT_FAILED, result.failures[0].reason), reply_to=message)
     for packed in result.states.values():
-        client_state = packed.state
+        client_state = packed.unpack()
         context.state[PRIVATE] = to_dense_arrays(client_state.private)
         context.state[MEMORY] = to_dense_arrays(client_state.memory)
     position = int(message.content["fedsim"]["order"])  # type: ignore[index, arg-type]
@@ -120,7 +120,7 @@ def evaluate(message: Message, context: Context) -> Message:
     number = _client_number(context, planned)
     shared, dataset = to_tensors(_arrays(message)), planned.dataset
     domain = planned.shards.domains[max(int(planned.shards.domain[number]), 0)]
-    private = Packed.of(_state(context, planned)).private
+    private = Packed.of(ClientState(_state(context, planned).private))
     job = EvaluationJob(number, domain, "test", dataset.slice(domain, "test"), private)
     (score,) = worker.evaluate(shared, [job])
     metrics: dict[str, Any] = {

@@ -112,14 +112,11 @@ class Federation:
     def state(self, client: int) -> ClientState:
         """A client's private state; one that was never trained has the initial private tensors."""
         found = self.store.get(client)
-        return found.state if found else ClientState(self.private)
+        return found.unpack() if found else ClientState(self.private)
 
-    def _private(self, client: int) -> Packed:
-        return (self.store.get(client) or self.untrained).private
-
-    def packed(self, clients: Sequence[int]) -> States:
-        """Clients' private states as they travel."""
-        return States([self.store.get(client) or self.untrained for client in clients])
+    def packed(self, client: int) -> Packed:
+        """The same as it travels."""
+        return self.store.get(client) or self.untrained
 
     def newcomer(self) -> Tensors:
         """Private tensors of a client that holds no training data: the plain mean over the clients that have trained
@@ -133,7 +130,7 @@ class Federation:
     def kept(self) -> Iterator[Tensors]:
         """Private tensors of the clients that have trained."""
         if self.private:
-            yield from (found.state.private for c in range(len(self)) if (found := self.store.get(c)))
+            yield from (found.unpack().private for c in range(len(self)) if (found := self.store.get(c)))
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         """Carry out an order.
@@ -218,10 +215,10 @@ class Federation:
 
         def jobs() -> Iterator[EvaluationJob]:
             for job in self._trained_on_unseen() if mode.every_model else self._jobs(split, mode.own_examples):
-                replaced = newcomer if job.client >= 0 and not self.store.get(job.client) else {}
+                replaced = newcomer if newcomer and job.client >= 0 and not self.store.get(job.client) else {}
                 private = job.private
                 if replaced or gathered:
-                    private = Packed.of(ClientState({**private.state.private, **replaced, **gathered}))
+                    private = Packed.of(ClientState({**private.unpack().private, **replaced, **gathered}))
                 yield replace(job, mode=name, private=private)
 
         return mode.choose(self._evaluate(shared, jobs()))
@@ -231,7 +228,7 @@ class Federation:
         indices = self.spec.dataset.slice(self.unseen, "test")
         for client in range(len(self)):
             if found := self.store.get(client):
-                yield EvaluationJob(client, self.unseen, "unseen", indices, found.private)
+                yield EvaluationJob(client, self.unseen, "unseen", indices, found.without_memory())
 
     def _evaluate(self, shared: Tensors, every: Iterator[EvaluationJob]) -> list[Score]:
         scores = []
@@ -264,7 +261,9 @@ class Federation:
                 return
             for client, indices in enumerate(self.validation):
                 if len(indices):
-                    yield EvaluationJob(client, self.domains(client)[0], split, indices, self._private(client))
+                    yield EvaluationJob(
+                        client, self.domains(client)[0], split, indices, self.packed(client).without_memory()
+                    )
         elif split == "unseen":
             if self.unseen:
                 private = Packed.of(ClientState(self.newcomer()))
@@ -275,7 +274,9 @@ class Federation:
         else:
             for client in range(len(shards)):
                 for domain in self.domains(client):
-                    yield EvaluationJob(client, domain, split, dataset.slice(domain, "test"), self._private(client))
+                    yield EvaluationJob(
+                        client, domain, split, dataset.slice(domain, "test"), self.packed(client).without_memory()
+                    )
 
     def traffic(self, order: Order, clients: Sequence[int], replies: Replies) -> tuple[int, int]:
         """(bytes down, bytes up) of an order: what its serialized messages would take on a wire."""
@@ -302,8 +303,8 @@ class _Calls(Sequence[tuple[list[int], States, int]]):
     """The arguments of every block's training. States are read when a pool asks for a block's, so that those of a few
     blocks are in memory at a time and reading them hides behind training."""
 
-    def __init__(self, blocks: list[list[int]], states: Callable[[Sequence[int]], States], odd_block_threads: int):
-        self.blocks, self.states = blocks, states
+    def __init__(self, blocks: list[list[int]], state: Callable[[int], Packed], odd_block_threads: int):
+        self.blocks, self.state = blocks, state
         self.threads = [1] * len(blocks)
         if len(blocks) % 2:
             self.threads[-1] = odd_block_threads
@@ -315,4 +316,5 @@ class _Calls(Sequence[tuple[list[int], States, int]]):
         return self.blocks[number]
 
     def __getitem__(self, number: Any) -> Any:
-        return self.blocks[number], self.states(self.blocks[number]), self.threads[number]
+        block = self.blocks[number]
+        return block, States([self.state(client) for client in block]), self.threads[number]

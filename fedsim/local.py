@@ -19,7 +19,7 @@ from fedsim.batches import BatchPlan
 from fedsim.models.norm import classify
 from fedsim.models.norm_layers import EvoNormB0
 from fedsim.optim import Optimizer
-from fedsim.packing import Packed, unpack
+from fedsim.packing import Packed
 from fedsim.plugin import Plugin
 from fedsim.stepping import WholeGradients, stepper
 from fedsim.types import LowRank, Order, Tensors, View
@@ -214,7 +214,7 @@ def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     try:
         for position, (client, packed) in enumerate(zip(block.clients, block.states)):
-            (state,) = unpack([packed], task.device)
+            state = packed.unpack(task.device)
             with torch.no_grad():
                 for name, value in {**order.shared, **state.private}.items():
                     if name not in read:

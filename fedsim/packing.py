@@ -82,7 +82,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A client's state: uint8 [layout.size]. ``ClientState``s are made of many at once, by ``unpack``."""
+    """A client's state: ``row`` is uint8 [layout.size]. Of several clients at once ``columns`` makes tensors."""
 
     layout: Layout
     row: np.ndarray
@@ -97,14 +97,14 @@ class Packed:
     def nothing() -> Packed:
         return Packed.of(ClientState())
 
-    @property
-    def state(self) -> ClientState:
-        return unpack([self])[0]
+    def unpack(self, device: torch.device = CPU) -> ClientState:
+        """The state in tensors of its own."""
+        private, memory = ({n: v[0] for n, v in tree.items()} for tree in columns([self], device))
+        return ClientState(private, memory)
 
-    @property
-    def private(self) -> Packed:
+    def without_memory(self) -> Packed:
         """The same without what plug-ins remember."""
-        return Packed.of(ClientState(self.state.private)) if self.layout.memory else self
+        return Packed.of(ClientState(self.unpack().private)) if self.layout.memory else self
 
     def copy(self) -> Packed:
         return Packed(self.layout, self.row.copy())
@@ -147,17 +147,6 @@ def pack(private: Tensors, memory: Tensors, count: int) -> list[Packed]:
     return [Packed(layout, row) for row in out]
 
 
-def unpack(packed: Sequence[Packed], device: torch.device = CPU) -> list[ClientState]:
-    """The states, in order, in tensors of their own; one that occurs several times is one object."""
-    distinct = list({id(p): p for p in packed}.values())
-    found: dict[int, ClientState] = {}
-    for numbers in _alike(distinct):
-        group = [distinct[n] for n in numbers]
-        private, memory = (_rows(tree, len(group)) for tree in columns(group, device))
-        found |= zip(map(id, group), map(ClientState, private, memory))
-    return [found[id(p)] for p in packed]
-
-
 def columns(packed: Sequence[Packed], device: torch.device = CPU) -> tuple[Tensors, Tensors]:
     """(private, memory) of states of one layout: tensors [k, ...] of their own."""
     layout = packed[0].layout
@@ -166,25 +155,11 @@ def columns(packed: Sequence[Packed], device: torch.device = CPU) -> tuple[Tenso
     return private, memory
 
 
-def _rows(tree: Tensors, count: int) -> list[Tensors]:
-    """[count, ...] of each name -> a tree of views for each row."""
-    cut = [value.unbind(0) for value in tree.values()]
-    return [dict(zip(tree, values)) for values in zip(*cut)] if cut else [{} for _ in range(count)]
-
-
 def _column(rows: torch.Tensor, place: Place) -> torch.Tensor:
     shape = (len(rows), *place.shape)
     if not place.shape.numel():
         return torch.empty(shape, dtype=place.dtype, device=rows.device)
     return rows[:, place.start : place.stop].reshape(-1).view(place.dtype).view(shape)
-
-
-def _alike(packed: Sequence[Packed]) -> list[list[int]]:
-    """Positions of the states of each layout."""
-    alike: dict[Layout, list[int]] = {}
-    for position, one in enumerate(packed):
-        alike.setdefault(one.layout, []).append(position)
-    return list(alike.values())
 
 
 class States(Sequence[Packed]):
@@ -204,7 +179,10 @@ class States(Sequence[Packed]):
         distinct = {id(state): state for state in self.states}
         order = {key: number for number, key in enumerate(distinct)}
         unique = list(distinct.values())
-        groups = [(unique[at[0]].layout, at, _block([unique[n].row for n in at])) for at in _alike(unique)]
+        alike: dict[Layout, list[int]] = {}
+        for number, state in enumerate(unique):
+            alike.setdefault(state.layout, []).append(number)
+        groups = [(layout, numbers, _block([unique[n].row for n in numbers])) for layout, numbers in alike.items()]
         return _states, ([order[id(state)] for state in self.states], groups)
 
 

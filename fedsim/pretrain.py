@@ -12,7 +12,7 @@ from fedsim.errors import ConfigError
 from fedsim.examples import Examples
 from fedsim.local import Block, ClientTask, run_loop
 from fedsim.packing import Packed
-from fedsim.types import ClientState, Order
+from fedsim.types import Order
 
 SERVER = -1  # its client number
 
@@ -34,7 +34,7 @@ def pretrain(task: ClientTask, examples: Examples, indices: np.ndarray, training
         smallest=plain.smallest_batch,
         seed=seed,
     )
-    block = Block([SERVER], [Packed.of(ClientState())], [(np.array([0]), plan)])
+    block = Block([SERVER], [Packed.nothing()], [(np.array([0]), plan)])
     fetch = examples.fetcher(seed, 0, training.augment)
     for outcome in run_loop(plain, Order(0, plain.initial()[0]), block, training.lr, fetch):
         loss = float(outcome.loss)

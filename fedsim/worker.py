@@ -388,7 +388,7 @@ class Worker:
             "seen": [float(outcomes.seen[row]) for row in rows],
         }
         keep = lambda tree: {n: v.clone() for n, v in tree.items()}  # noqa: E731 (the loop's tensors are its own)
-        columns = ReplyColumns(clients, examples, keep({} if order.fold else shared), keep(report), metrics)
+        replied = ReplyColumns(clients, examples, keep({} if order.fold else shared), keep(report), metrics)
         states: dict[int, Packed] = {}
         if order.task != "score" and (private or memory):
             states = dict(zip(clients, pack(private, memory, len(clients))))
@@ -396,7 +396,7 @@ class Worker:
         if order.fold:
             weights = [float(n) for n in examples] if order.weighting == "examples" else [1.0] * len(rows)
             self._fold(result, shared | folded, weights, order.shared, outcomes.factors, lend)
-        result.replies.append(columns)
+        result.replies.append(replied)
         result.states |= states
 
     @staticmethod
@@ -446,7 +446,7 @@ class Worker:
     def _score(self, shared: Tensors, job: EvaluationJob) -> Score:
         model = self.task.model.eval()
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, value in {**shared, **job.private.state.private}.items():
+        for name, value in {**shared, **job.private.unpack().private}.items():
             named[name].copy_(value)
         split = "train" if job.split == "validation" else "test"  # validation examples are held-out training ones
         hits, loss = 0.0, 0.0

@@ -21,7 +21,7 @@ def state(value: float) -> Packed:
 
 
 def same(a: Packed, b: Packed) -> bool:
-    pairs = [(a.state.private, b.state.private), (a.state.memory, b.state.memory)]
+    pairs = [(a.unpack().private, b.unpack().private), (a.unpack().memory, b.unpack().memory)]
     return all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in pairs)
 
 
@@ -32,7 +32,7 @@ def test_a_store_reopened_holds_the_same_bits(tmp_path):
     store.close()
     again = ClientStore(tmp_path / "c.sqlite")
     assert same(again.get(7), state(0.25))
-    assert torch.signbit(again.get(7).state.private["bn.weight"][1])
+    assert torch.signbit(again.get(7).unpack().private["bn.weight"][1])
     assert again.get(8) is None
 
 
@@ -46,8 +46,8 @@ def test_any_bits_come_back_from_the_file(private, memory):
     found = store.get(0)
     store.close()
     if private or memory:
-        assert identical(found.state.private, private)
-        assert identical(found.state.memory, memory)
+        assert identical(found.unpack().private, private)
+        assert identical(found.unpack().memory, memory)
     else:
         assert found is None, "nothing is kept of a client that keeps nothing"
 
@@ -149,7 +149,7 @@ def hundred_thousand(path: Path, clients: int, budget: int) -> None:
         store.flush()
         store.prune(round)
     for client in range(clients):
-        assert store.get(client).state.private["w"][999] == client + 2
+        assert store.get(client).unpack().private["w"][999] == client + 2
     count = store.db.execute("SELECT COUNT(*) FROM states").fetchone()[0]
     assert count == clients, "the first round's were pruned"
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

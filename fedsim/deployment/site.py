@@ -208,7 +208,7 @@ class Site:
         if reason is not None:
             raise Refused(f"evaluation refused: {reason}")
         store.rewind(job.sequence)
-        private = (store.get(job.client) or self.untrained).private
+        private = (store.get(job.client) or self.untrained).without_memory()
         indices = self.plan.dataset.slice(self.domain, "test")
         if job.split == "validation":
             indices = self.plan.validation[job.client] if self.plan.validation is not None else indices[:0]

@@ -255,10 +255,10 @@ def test_a_client_never_sampled_is_a_newcomer_if_asked(dataset):
         jobs = []
         federation._evaluate = lambda shared, given, jobs=jobs: jobs.extend(given) or []
         federation.evaluate_mode(state, "own")
-        results[never] = jobs[2].private.state.private
+        results[never] = jobs[2].private.unpack().private
         rule = federation.private if never == "initial" else federation.newcomer()
-        assert all(torch.equal(jobs[2].private.state.private[n], rule[n]) for n in rule)
-        assert all(torch.equal(jobs[0].private.state.private[n], federation.state(0).private[n]) for n in rule)
+        assert all(torch.equal(jobs[2].private.unpack().private[n], rule[n]) for n in rule)
+        assert all(torch.equal(jobs[0].private.unpack().private[n], federation.state(0).private[n]) for n in rule)
     assert any(not torch.equal(results["initial"][n], results["mean"][n]) for n in results["mean"])
 
 

@@ -52,7 +52,7 @@ def test_ditto_equals_numpy_over_two_rounds(executor):
         shared = {"shared.weight": torch.stack(outcomes).mean(0)}
         np.testing.assert_allclose(shared["shared.weight"].numpy(), w, rtol=1e-10)
         for k in range(2):
-            np.testing.assert_allclose(states[k].state.private["personal.weight"].numpy(), v[k], rtol=1e-10)
+            np.testing.assert_allclose(states[k].unpack().private["personal.weight"].numpy(), v[k], rtol=1e-10)
 
 
 def test_ditto_is_evaluated_with_the_personal_model():
