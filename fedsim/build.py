@@ -248,6 +248,7 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         debug=debug,
         max_update_norm=config.guard.max_update_norm,
         time_limit=config.simulation.time_limit,
+        threads=config.simulation.threads,
     )
     validation = None if plan.validation is None else [plan.validation[c] for c in range(len(plan.validation))]
     return Federation(

@@ -100,6 +100,7 @@ class SimulationSection(Section):
     executor: Literal["auto", "loop", "vmap"] = "auto"
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     block: Annotated[int, Field(ge=0)] = Field(0, description="clients a block; 0: by rule on cohort and model")
+    threads: Count = Field(1, description="torch's threads of a worker; sums over them have other bits")
     odd_block_threads: Count = Field(
         1, description="threads for the last of an odd number of blocks, beside which a worker is idle"
     )

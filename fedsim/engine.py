@@ -98,6 +98,11 @@ class Federation:
         return len(self.spec.shards)
 
     @property
+    def blocks(self) -> int:
+        """In a round."""
+        return len(cut(range(self.cohort), self.block))
+
+    @property
     def shared(self) -> Tensors:
         """The shared tensors as they are before the first round: a copy every time, since a run needs it once."""
         return self.spec.task.initial()[0]

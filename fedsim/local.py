@@ -237,7 +237,7 @@ def _train_one(
 ) -> Outcomes:
     params, steps = stepping.params, len(plan)
     view = View(order, memory, lr, float(steps))
-    stepping.start(view, block.steps)
+    stepping.start(view, block.steps, plan[0].shape[1])
     loss_sum = torch.zeros((), dtype=torch.float64, device=task.device)
     hits = torch.zeros((), device=task.device)
     for step in range(steps):

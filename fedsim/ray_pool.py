@@ -67,7 +67,7 @@ class _Running:
 
 
 class RayPool:
-    """``workers`` actors of one CPU thread each.
+    """``workers`` actors of ``spec.threads`` CPUs each.
 
     Args:
         gpus: GPUs (or a fraction of one) for each actor.
@@ -95,13 +95,13 @@ class RayPool:
         self.retried: list[tuple[int, str]] = []
         self.spec = spec
         self.sent: Any = None  # the specification in the object store, where it is as large as the model: while needed
-        self.remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
+        self.remote = ray.remote(num_cpus=spec.threads, num_gpus=gpus, max_restarts=0)(_Actor)
         self.actors: list[Any] = [None] * workers
         self.processes: list[tuple[str, int]] = [("", 0)] * workers
         self.starting: dict[Any, int] = {}  # reference -> actor
         self.stillborn = 0  # actors in a row that died as they started
         # Ray that others keep going, or one of this pool's own
-        self.own = None if current() or ray.is_initialized() else Session(workers)
+        self.own = None if current() or ray.is_initialized() else Session(workers * spec.threads)
         try:
             self._open(workers, gpus, address)
         except BaseException:  # an interrupt too: nobody has this pool yet to close it
@@ -114,10 +114,12 @@ class RayPool:
         if ours := self.own or current():
             ours.wait()
         have = ray.cluster_resources()
-        if gpus * workers > have.get("GPU", 0) or workers > have.get("CPU", 0):
+        cpus = workers * self.spec.threads
+        if gpus * workers > have.get("GPU", 0) or cpus > have.get("CPU", 0):
             raise ConfigError(
-                f"simulation: {workers} workers with {gpus} GPUs each need {workers} CPUs and {gpus * workers:g} GPUs;"
-                f" Ray found {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers or gpus-per-worker"
+                f"simulation: {workers} workers with {gpus} GPUs each need {cpus} CPUs and {gpus * workers:g} GPUs;"
+                f" Ray found {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers, threads or"
+                " gpus-per-worker"
             )
         _register_tensors()
         for actor in range(workers):

@@ -36,21 +36,21 @@ SYSTEM = {
 class _Head(Node):
     """A head node without the Python processes that a simulation never talks to: dashboard, autoscaler, log monitor."""
 
-    def __init__(self, workers: int):
+    def __init__(self, cpus: int):
         options: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False, "_system_config": SYSTEM}
-        super().__init__(RayParams(num_cpus=workers, **options), head=True, shutdown_at_exit=False, spawn_reaper=True)
+        super().__init__(RayParams(num_cpus=cpus, **options), head=True, shutdown_at_exit=False, spawn_reaper=True)
 
     def start_api_server(self, **_: Any) -> None:
         """Not started: ``ray.init`` would wait a second for it even with ``include_dashboard=False``."""
 
 
 class Session:
-    """A Ray of ``workers`` CPUs on this machine, or a cluster that is there. To be closed, whatever ``start`` does."""
+    """A Ray of ``cpus`` CPUs on this machine, or a cluster that is there. To be closed, whatever ``start`` does."""
 
-    def __init__(self, workers: int):
+    def __init__(self, cpus: int):
         self.error = ""
         self._begun, self._up, self._over = threading.Event(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._keep, args=(workers,), name="ray", daemon=True)
+        self._thread = threading.Thread(target=self._keep, args=(cpus,), name="ray", daemon=True)
         self._watchdog: Watchdog | None = None
 
     def start(self, address: str = "") -> None:
@@ -73,14 +73,14 @@ class Session:
             ) from None
         self._up.set()
 
-    def _keep(self, workers: int) -> None:
+    def _keep(self, cpus: int) -> None:
         # Linux ends Ray's processes with the thread that started them, so this one stays as long as they are needed.
         self._begun.set()
         head, watchdog = None, self._watchdog
         assert watchdog is not None
         try:
             with watchdog.marking():
-                head = _Head(workers)
+                head = _Head(cpus)
             _join(head.gcs_address)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
@@ -146,9 +146,9 @@ def current() -> Session | None:
 
 
 @contextlib.contextmanager
-def session(workers: int, address: str = "") -> Iterator[Session]:
+def session(cpus: int, address: str = "") -> Iterator[Session]:
     """Keep one Ray for several pools. Raises as ``Session.start`` does."""
-    opened = Session(workers)
+    opened = Session(cpus)
     try:  # around the start too, which may be interrupted at any point
         _sessions.append(opened)
         opened.start(address)

@@ -72,6 +72,8 @@ def numerics(planned: Plan) -> dict[str, Any]:
         **weights_of(config),  # a frozen backbone is in no checkpoint: a resumed run reads it from the file again
         "executor": config.simulation.executor,
         "block": config.simulation.block,
+        "threads": config.simulation.threads,
+        "odd_block_threads": config.simulation.odd_block_threads,
         "compile": config.simulation.compile,
         "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
         "torch": torch.__version__,
@@ -159,6 +161,7 @@ class _Run:
         federation = self.federation
         try:
             with self.progress, _signals(self):
+                self._note_idle_workers()
                 first, state = self._begin(federation, snapshot, resumed)
                 for round in range(first, self.config.rounds + 1):
                     state = self._round(federation, round, state)
@@ -178,6 +181,15 @@ class _Run:
             self.store.close()
             self.metrics.close()
             self.writer.close()
+
+    def _note_idle_workers(self) -> None:
+        """What a block is must not depend on the workers, so the rule for it may leave some of many without one."""
+        workers, blocks, cohort = self.config.simulation.workers, self.federation.blocks, self.federation.cohort
+        if blocks < min(workers, cohort):
+            self.progress.note(
+                f"{workers} workers, but a round's clients are cut into blocks for {blocks}; set"
+                f" simulation.block={max(1, cohort // workers)} for more blocks (sums in another order: other bits)"
+            )
 
     def _begin(self, federation: Federation, snapshot: Snapshot | None, resumed: bool) -> tuple[int, Tensors]:
         first = 1 - self.strategy.setup_rounds

@@ -51,8 +51,13 @@ class WholeGradients:
         self.states: list[Tensors] = []
         self.moments: Moments = {}
 
-    def start(self, view: View, steps: int = 0) -> None:
-        """Begin a client. ``steps``: of all clients that begin with the same tensors here, as far as is known."""
+    def start(self, view: View, steps: int = 0, batch: int = 0) -> None:
+        """Begin a client.
+
+        Args:
+            steps: of all clients that begin with the same tensors here, as far as is known.
+            batch: examples of this client's first step.
+        """
         for p in self.params.values():
             p.grad = None  # a client that failed in the middle of backward may have left one
         self.states = [p.start(self.params, view) for p in self.plugins]
@@ -154,9 +159,6 @@ class _Layer:
 
     def __init__(self, module: nn.Linear, weight_decay: float):
         self.module, self.weight_decay = module, weight_decay
-        outputs, inputs = module.weight.shape
-        # So many examples make a client's products with W an eighth dearer on average.
-        self.room = outputs * inputs // (4 * (outputs + inputs))
         self.start(module.weight)
         module.forward = self.forward  # type: ignore[method-assign, assignment]
 
@@ -164,12 +166,17 @@ class _Layer:
         """Begin a client whose weight is ``base``, which is only read unless it is the module's own.
 
         Args:
-            pack: many clients begin with this base.
+            pack: many steps are taken from this base.
         """
         self.base, self.left, self.right = base, base.new_empty(0, base.shape[0]), base.new_empty(0, base.shape[1])
         self.transposed = _back_packed(self.module, base) if pack and _by_onednn(base) else base.t()
         self.seen = list[tuple[Tensor, Tensor]]()  # in this step: (gradients of the outputs, inputs)
         self.rows = 0  # of the last step
+
+    def holds(self, examples: float | Tensor) -> bool:
+        """Whether a client with so many is kept as factors: at most, they make products with W an eighth dearer."""
+        outputs, inputs = self.module.weight.shape
+        return bool(examples * 4 * (outputs + inputs) <= outputs * inputs)
 
     @property
     def params(self) -> list[Tensor]:
@@ -266,12 +273,12 @@ class FusedLinear(WholeGradients):
     def read(self, shared: Tensors) -> frozenset[str]:
         return frozenset(n for n in self._layers if n in shared) if self._unseen else frozenset()
 
-    def start(self, view: View, steps: int = 0) -> None:
+    def start(self, view: View, steps: int = 0, batch: int = 0) -> None:
         super().start(view)
         read = self.read(view.order.shared)
         for name, layer in self._layers.items():
             if name in read:
-                layer.start(view.order.shared[name], pack=steps >= self.MANY)
+                layer.start(view.order.shared[name], pack=steps >= self.MANY and layer.holds(batch * view.steps))
             else:
                 layer.start(layer.module.weight)
 
@@ -281,7 +288,7 @@ class FusedLinear(WholeGradients):
         with torch.no_grad():
             for layer in self._layers.values():
                 layer.end(view.lr)
-                if layer.rows * view.steps > layer.room and not view.last:
+                if not layer.holds(layer.rows * view.steps) and not view.last:
                     layer.write()
         grads = {n: torch.zeros_like(p) if (g := found[n]) is None else g for n, p in self._rest.items()}
         if grads:  # a model may be one wide layer

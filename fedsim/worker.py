@@ -55,6 +55,7 @@ class WorkerSpec:
     debug: bool = False
     max_update_norm: float = 0.0  # see fedsim.guard.Policy
     time_limit: float = 0.0  # seconds a client may train, looked at before each of its steps; 0: any time
+    threads: int = 1  # sums over threads have other bits, so they are the configuration's
 
     @cached_property
     def stacks(self) -> bool:
@@ -153,6 +154,16 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many of torch's threads, then one again."""
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 def _keep_layout(model: torch.nn.Module) -> None:
     """Let gradients come back through a model's ``nn.Flatten`` in the layout of the features that went in. They would
     come as [B, C, H, W] in that order, and the layers before work on two layouts at once, at twice the time."""
@@ -235,13 +246,14 @@ class Worker:
         return tensors if self.device.type == "cpu" else {n: v.to(self.device) for n, v in tensors.items()}
 
     def train(self, order: Order, clients: Sequence[int], states: Sequence[Packed], threads: int = 1) -> BlockResult:
-        """Carry out an order for a block of clients (ascending numbers), each with its private state."""
-        torch.set_num_threads(threads)
-        try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                return self._train(order, clients, states)
-        finally:
-            torch.set_num_threads(1)
+        """Carry out an order for a block of clients (ascending numbers), each with its private state.
+
+        Args:
+            threads: for this block, if they are more than the worker's own.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with _threads(max(threads, self.spec.threads)), torch.random.fork_rng(devices):
+            return self._train(order, clients, states)
 
     def _train(self, order: Order, clients: Sequence[int], states: Sequence[Packed]) -> BlockResult:
         spec, result = self.spec, BlockResult()
@@ -427,10 +439,13 @@ class Worker:
             result.partial.add_wide(base, wide, weights[0])
             result.partial.add(tensors, weights[0])
 
-    @torch.no_grad()
     def evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:
         """Accuracy and loss in evaluation mode. Under vmap, jobs that differ in private tensors alone are scored at
         once where that is faster; the scores are the same up to rounding."""
+        with _threads(self.spec.threads), torch.no_grad():
+            return self._evaluate(shared, jobs)
+
+    def _evaluate(self, shared: Tensors, jobs: Sequence[EvaluationJob]) -> list[Score]:
         shared = self._on_device(shared)
         together: dict[tuple[str, bytes], list[int]] = {}  # by domain and what is private
         scores: dict[int, Score] = {}

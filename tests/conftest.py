@@ -102,6 +102,7 @@ class Small:
             evaluation_batch=self.config.evaluation.batch_size,
             modes=modes_of(self.config, self.task),
             debug=True,
+            threads=self.config.simulation.threads,
         )
         size = self.config.simulation.block or block_size(executor, len(self.shards), 1 << 20)
         self.federation = Federation(

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim.checkpoint import state_sha256
+from fedsim.errors import ConfigError
 from fedsim.pool import InProcess, WorkerLost
 from fedsim.registry import parts, presets
 from fedsim.types import Order
@@ -52,30 +53,50 @@ def test_one_hash_for_any_number_of_workers(dataset, ray_session, workers, strat
     assert found == alone
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_threads_of_an_odd_block_follow_the_configuration_not_the_workers(dataset, ray_session, workers):
+@pytest.mark.parametrize(
+    ("key", "workers"), [("odd-block-threads", 1), ("odd-block-threads", 2), ("odd-block-threads", 3), ("threads", 1)]
+)
+def test_threads_follow_the_configuration_not_the_workers(dataset, ray_session, key, workers):
     from fedsim.ray_pool import RayPool
 
     pool = lambda spec: RayPool(spec, workers)  # noqa: E731
-    sections = {"simulation": {"block": 1, "odd-block-threads": 2}}
+    sections = {"simulation": {"block": 1, key: 2}}
     small = Small(dataset, pool=pool, **sections)
     found = state_sha256(small.run(2))
     small.federation.pool.close()
     assert found == state_sha256(Small(dataset, **sections).run(2))
 
 
-@pytest.mark.parametrize(("block", "expected"), [(1, [1, 1, 2]), (2, [1, 1]), (3, [2])])
-def test_an_odd_block_has_its_threads(dataset, monkeypatch, block, expected):
-    seen, train = [], Worker._train
+@pytest.mark.parametrize(
+    ("threads", "odd", "block", "expected"),
+    [(1, 2, 1, [1, 1, 2]), (1, 2, 2, [1, 1]), (1, 2, 3, [2]), (2, 1, 1, [2, 2, 2]), (2, 3, 1, [2, 2, 3])],
+)
+def test_a_block_has_its_threads(dataset, monkeypatch, threads, odd, block, expected):
+    seen, train, evaluate = [], Worker._train, Worker._evaluate
 
-    def spy(*arguments):
-        seen.append(torch.get_num_threads())
-        return train(*arguments)
+    def spy(method):
+        def spied(*arguments):
+            seen.append(torch.get_num_threads())
+            return method(*arguments)
 
-    monkeypatch.setattr(Worker, "_train", spy)
-    Small(dataset, simulation={"block": block, "odd-block-threads": 2}).run(1)
+        return spied
+
+    monkeypatch.setattr(Worker, "_train", spy(train))
+    monkeypatch.setattr(Worker, "_evaluate", spy(evaluate))
+    small = Small(dataset, simulation={"block": block, "threads": threads, "odd-block-threads": odd})
+    state = small.run(1)
     assert seen == expected
+    small.federation.evaluate(state)
+    assert set(seen[len(expected) :]) == {threads}
     assert torch.get_num_threads() == 1
+
+
+def test_workers_have_a_cpu_for_each_thread(dataset, ray_session):
+    from fedsim.ray_pool import RayPool
+
+    spec = Small(dataset, simulation={"threads": 2}).spec
+    with pytest.raises(ConfigError, match=r"2 workers .* need 4 CPUs and 0 GPUs; Ray found 3 and 0"):
+        RayPool(spec, 2)
 
 
 def with_dropout(pool):

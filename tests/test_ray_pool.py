@@ -221,5 +221,5 @@ def test_evaluation_modes_give_the_same_scores_in_rays_workers(dataset, ray_sess
 def test_more_than_the_machine_has_is_refused(dataset, ray_session):
     from fedsim.ray_pool import RayPool
 
-    with pytest.raises(ConfigError, match="Ray found 2 and 0: lower workers"):
+    with pytest.raises(ConfigError, match="Ray found 2 and 0: lower workers, threads"):
         RayPool(Small(dataset).spec, 2, gpus=0.5)

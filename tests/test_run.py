@@ -159,6 +159,15 @@ def test_bad_input_is_one_message_and_exit_code_2(config, tmp_path, arguments, e
     assert not (tmp_path / "r").exists(), "nothing half-written"
 
 
+@pytest.mark.parametrize(("block", "idle"), [(2, True), (1, False)])
+def test_workers_without_a_block_are_named(config, tmp_path, block, idle):
+    sizes = ["federation.clients-per-domain=2", f"simulation.block={block}", "rounds=1"]
+    overrides = [part for size in sizes for part in ("--set", size)]
+    done = fedsim("run", config(), "--workers", 3, *overrides, "--out", tmp_path / "r")
+    note = "3 workers, but a round's clients are cut into blocks for 2; set simulation.block=1 for more blocks"
+    assert (note in done.stdout) is idle
+
+
 def test_a_run_directory_is_not_overwritten(config, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.toml").write_text("precious")
@@ -168,13 +177,22 @@ def test_a_run_directory_is_not_overwritten(config, tmp_path):
     assert (tmp_path / "r" / "config.toml").read_text() == "precious"
 
 
-def test_resume_refuses_other_numerics(config, tmp_path):
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ('executor = "vmap"', 'executor = "loop"', "executor was 'vmap', is 'loop'"),
+        ("\nthreads = 1", "\nthreads = 2", "threads was 1, is 2"),
+        ("odd-block-threads = 1", "odd-block-threads = 2", "odd_block_threads was 1, is 2"),
+    ],
+)
+def test_resume_refuses_other_numerics(config, tmp_path, was, now, message):
     fedsim("run", config(), "--out", tmp_path / "r")
     path = tmp_path / "r" / "config.toml"
-    path.write_text(path.read_text().replace('executor = "vmap"', 'executor = "loop"'))
+    assert path.read_text().count(was) == 1
+    path.write_text(path.read_text().replace(was, now))
     done = fedsim("resume", tmp_path / "r", check=False)
     assert done.returncode == 2
-    assert "executor was 'vmap', is 'loop'" in done.stderr
+    assert message in done.stderr
 
 
 def test_initial_weights_are_recorded_and_a_resumed_run_wants_the_same_file(config, tmp_path):

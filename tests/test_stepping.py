@@ -169,6 +169,19 @@ def test_factors_are_what_the_steps_add(steps, batch):
     assert torch.equal(base, before)
 
 
+@pytest.mark.parametrize(("steps", "batch", "packed"), [(5, 8, True), (6, 8, False), (1, 8, False)])
+def test_a_base_is_packed_where_many_steps_are_taken_from_it(steps, batch, packed):
+    """42 examples a client are kept as factors; with more, the base is read in the first step alone."""
+    model = Wide()
+    shared = {WIDE: model.wide.weight.detach().clone()}
+    ours = stepper(model, (), SGD(), dict(model.named_parameters()))
+    view = View(Order(round=1, shared=shared), {}, 0.1, float(steps))
+    ours.start(view, steps=12 * steps, batch=batch)
+    transposed = ours._layers[WIDE].transposed
+    ours.close()
+    assert transposed.is_mkldnn is (packed and torch.backends.mkldnn.is_available())
+
+
 def test_a_model_may_be_one_wide_layer():
     """Logistic regression on large images; its gradients come expanded from a sum, in float32."""
     torch.manual_seed(0)

@@ -57,6 +57,7 @@ def environments() -> Path:
 CONTENDERS = {
     "fedsim": Contender("fedsim_.py", private=True),
     "fedsim-alone": Contender("fedsim_.py", ("--workers", "0"), private=True),
+    "fedsim-alone-2": Contender("fedsim_.py", ("--workers", "0", "--threads", "2"), private=True),
     "fedsim-loop": Contender("fedsim_.py", ("--executor", "loop"), private=True),
     "fedsim-vmap": Contender("fedsim_.py", ("--executor", "vmap"), private=True),
     "fedsim-compiled": Contender("fedsim_.py", ("--workers", "0", "--compile"), models=("logistic",)),

@@ -58,13 +58,13 @@ def _check(configs: list[Config], folders: list[Path]) -> None:
 @contextlib.contextmanager
 def _ray_for(configs: list[Config]) -> Iterator[None]:
     """One Ray for all the runs: starting it takes seconds."""
-    workers = max(c.simulation.workers for c in configs)
-    if workers == 0:
+    cpus = max(c.simulation.workers * c.simulation.threads for c in configs)
+    if cpus == 0:
         yield
         return
     from fedsim.ray_session import session
 
-    with session(workers, configs[0].simulation.address):
+    with session(cpus, configs[0].simulation.address):
         yield
 
 
