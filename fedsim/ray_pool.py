@@ -1,8 +1,8 @@
 """Persistent Ray actors. With ``fedsim.ray_session`` the only module that imports Ray.
 
-The worker's specification and a round's order are put into the object store once; tensors cross as numpy arrays,
-which Ray maps into the actors without a copy. An actor that dies or hangs is replaced and its call repeated: a block is
-a pure function of its arguments, so the repetition has the same bits.
+The worker's specification and a round's order are put into the object store once (a small model's go with every call);
+tensors cross as numpy arrays, which Ray maps into the actors without a copy. An actor that dies or hangs is replaced and
+its call repeated: a block is a pure function of its arguments, so the repetition has the same bits.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fedsim.ray_session import Session, current
 from fedsim.worker import Worker, WorkerSpec
 
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
+SMALL = 1 << 15  # bytes of a model: an object in the store takes milliseconds, as long as training many of these
 GRACE = 10.0  # seconds beyond the limits of a call's clients or models: to send the call, gather, send the result
 
 
@@ -94,6 +95,7 @@ class RayPool:
         self.retries, self.limit = retries, limit
         self.retried: list[tuple[int, str]] = []
         self.spec = spec
+        self.small = sum(v.nbytes for v in spec.task.model.state_dict().values()) <= SMALL
         self.sent: Any = None  # the specification in the object store, where it is as large as the model: while needed
         self.remote = ray.remote(num_cpus=spec.threads, num_gpus=gpus, max_restarts=0)(_Actor)
         self.actors: list[Any] = [None] * workers
@@ -160,7 +162,7 @@ class RayPool:
         self._launch(actor)
 
     def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
-        shared, self.retried = ray.put(common), []
+        shared, self.retried = self._put(common), []
         waiting = deque((number, 0) for number in range(len(calls)))
         idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
         running: dict[Any, _Running] = {}  # by reference
@@ -169,7 +171,7 @@ class RayPool:
         while True:
             while waiting and idle:
                 (number, tries), actor = waiting.popleft(), idle.pop(0)
-                call, size = ready.pop(number) if number in ready else _put(calls[number])
+                call, size = ready.pop(number) if number in ready else self._call(calls[number])
                 limit = self.limit * size + GRACE if self.limit else math.inf
                 reference = self.actors[actor].call.remote(method, shared, call)
                 running[reference] = _Running(actor, number, tries, limit, time.monotonic() + limit)
@@ -181,7 +183,7 @@ class RayPool:
             timeout = None if left == math.inf else max(left, 0.0)
             following = next((n for n, _ in itertools.islice(waiting, len(self.actors)) if n not in ready), None)
             if following is not None:  # reading it hides behind the training of the others
-                ready[following], timeout = _put(calls[following]), 0.0
+                ready[following], timeout = self._call(calls[following]), 0.0
             for reference in ray.wait([*running, *self.starting], num_returns=1, timeout=timeout)[0]:
                 if reference in self.starting:
                     came = self._started(reference)
@@ -214,16 +216,19 @@ class RayPool:
                     lost = WorkerLost(f"no result within {run.limit:g} s, {run.tries + 1} times", "time")
                     done.append((run.number, lost))
 
+    def _put(self, argument: Any) -> Any:
+        """In the object store; as it is if the model is small, when Ray sends it with the call."""
+        return argument if self.small else ray.put(argument)
+
+    def _call(self, call: tuple) -> tuple[Any, int]:
+        """A call's arguments, and how many clients or models they are."""
+        return self._put(call), len(call[0])
+
     def close(self) -> None:
         for actor in filter(None, self.actors):
             ray.kill(actor)
         if self.own:
             self.own.close()
-
-
-def _put(call: tuple) -> tuple[Any, int]:
-    """A call's arguments in the object store, and how many clients or models they are."""
-    return ray.put(call), len(call[0])
 
 
 def _line(error: Exception) -> str:

@@ -28,6 +28,7 @@ from fedsim.watchdog import Watchdog
 logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM to the main thread
 
 SYSTEM = {
+    "free_objects_period_milliseconds": 100,  # Ray's is a second, in which a round's models pile up in its store
     "worker_niceness": 0,  # Ray's default is 15, but here the workers are the work
     "preload_python_modules": ["fedsim.ray_pool"],  # and with it torch: while the driver reads data
 }

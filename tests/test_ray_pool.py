@@ -218,6 +218,18 @@ def test_evaluation_modes_give_the_same_scores_in_rays_workers(dataset, ray_sess
     pool.close()
 
 
+@pytest.mark.parametrize(("model", "small"), [("logistic", True), ("small-cnn", False)])
+def test_a_small_model_goes_with_the_calls_and_has_the_same_bits(dataset, ray_session, model, small):
+    sections = {"model": {"name": model}, "simulation": {"executor": "vmap", "block": 1}}
+    alone, there = Small(dataset, **sections), Small(dataset, **sections)
+    pool = pool_for(there)
+    assert pool.small is small
+    state = there.run(2)
+    assert state_sha256(state) == state_sha256(alone.run(2))
+    assert there.federation.evaluate(state) == alone.federation.evaluate(state)
+    pool.close()
+
+
 def test_more_than_the_machine_has_is_refused(dataset, ray_session):
     from fedsim.ray_pool import RayPool
 
