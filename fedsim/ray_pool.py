@@ -1,8 +1,8 @@
 """Persistent Ray actors. With ``fedsim.ray_session`` the only module that imports Ray.
 
-The worker's specification and a round's order are put into the object store once (small orders go with every call);
-tensors cross as numpy arrays, which Ray maps into the actors without a copy. An actor that dies or hangs is replaced and
-its call repeated: a block is a pure function of its arguments, so the repetition has the same bits.
+The worker's specification and a round's order are put into the object store once (small ones go with every call);
+tensors cross as numpy arrays, which Ray maps into the actors without a copy. An actor that dies or hangs is replaced
+and its call repeated: a block is a pure function of its arguments, so the repetition has the same bits.
 """
 
 from __future__ import annotations
