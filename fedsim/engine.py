@@ -155,7 +155,7 @@ class Federation:
                 result.partial = None
             if len(partials) == TOGETHER:
                 total = gather(total, partials)
-        partials = settled(partials if total is None else [total, *partials], order.shared)
+        partials = settled(total, partials, order.shared)
         replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:

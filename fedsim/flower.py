@@ -286,6 +286,8 @@ def collect(
             del replies[node]
     by_client = lambda replies: sorted(replies.values(), key=lambda r: r.client)  # noqa: E731
     return [
-        Replies(by_client(s), settled([p for _, p in sorted(ps.items())], order.shared), order.weighting, population)
+        Replies(
+            by_client(s), settled(None, [p for _, p in sorted(ps.items())], order.shared), order.weighting, population
+        )
         for s, ps, order in zip(singles, partials, orders)
     ]

@@ -191,11 +191,13 @@ def gather(total: Partial | None, partials: list[Partial]) -> Partial:
     return total
 
 
-def settled(partials: list[Partial], base: Tensors) -> list[Partial]:
-    """The same sums, as one if there was something still to be added to them: ``base`` are the order's tensors."""
-    if not any(p.base for p in partials):
-        return partials
-    total = gather(None, partials)
+def settled(total: Partial | None, partials: list[Partial], base: Tensors) -> list[Partial]:
+    """The sum of the first blocks, if ``gather`` has made one, and those after it; all as one sum, made in its place,
+    if there was something still to be added to them: ``base`` are the order's tensors."""
+    sums = partials if total is None else [total, *partials]
+    if not any(p.base for p in sums):
+        return sums
+    total = gather(total, partials)
     for name, times in total.base.items():
         _accumulate(total.tensors[name], base[name], times)
     total.base = {}

@@ -117,7 +117,7 @@ def test_wide_sums_are_the_sums_of_what_clients_end_with():
     dense = draw(30, 40)
     partial.add_wide({"w": base}, {"w": dense}, 7.0)
     partial.complete()
-    (partial,) = settled([partial], {"w": base})
+    (partial,) = settled(None, [partial], {"w": base})
     np.testing.assert_allclose(
         partial.tensors["w"].numpy(), expected + 7 * dense.double().numpy(), rtol=1e-5, atol=1e-4
     )
@@ -182,11 +182,11 @@ def test_blocks_of_updates_and_of_tensors_have_one_mean(seed, block, factored):
             blocks[-1].add_wide({"w": base}, {"w": update}, weight)
             blocks[-1].add({}, weight)
         blocks[-1].complete()
-    together = mean(settled([*blocks], {"w": base}), {"w": base})["w"]
+    together = mean(settled(None, [*blocks], {"w": base}), {"w": base})["w"]
     torch.testing.assert_close(together.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
     for one in blocks:
         total = gather(total, [one])
-    assert torch.equal(mean(settled([total], {"w": base}), {"w": base})["w"], together)
+    assert torch.equal(mean(settled(total, [], {"w": base}), {"w": base})["w"], together)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
