@@ -261,14 +261,16 @@ class Federation:
 
     def _jobs(self, split: str, every_client: bool = False) -> Iterator[EvaluationJob]:
         dataset, shards = self.spec.dataset, self.spec.shards
+
+        def own_model(client: int, domain: str, indices: np.ndarray) -> EvaluationJob:
+            return EvaluationJob(client, domain, split, indices, self.packed(client).without_memory())
+
         if split == "validation":
             if self.validation is None:
                 return
             for client, indices in enumerate(self.validation):
                 if len(indices):
-                    yield EvaluationJob(
-                        client, self.domains(client)[0], split, indices, self.packed(client).without_memory()
-                    )
+                    yield own_model(client, self.domains(client)[0], indices)
         elif split == "unseen":
             if self.unseen:
                 private = Packed.of(ClientState(self.newcomer()))
@@ -279,9 +281,7 @@ class Federation:
         else:
             for client in range(len(shards)):
                 for domain in self.domains(client):
-                    yield EvaluationJob(
-                        client, domain, split, dataset.slice(domain, "test"), self.packed(client).without_memory()
-                    )
+                    yield own_model(client, domain, dataset.slice(domain, "test"))
 
     def traffic(self, order: Order, clients: Sequence[int], replies: Replies) -> tuple[int, int]:
         """(bytes down, bytes up) of an order: what its serialized messages would take on a wire."""

@@ -26,6 +26,12 @@ def test_all_errors_at_once_with_place_expectation_and_finding():
         assert part in message
 
 
+@pytest.mark.parametrize("key", ["threads", "odd-block-threads"])
+def test_torch_is_not_asked_for_threads_beyond_what_it_counts(key):
+    with pytest.raises(ConfigError, match=rf"simulation\.{key}.*1024.*found 3000000000"):
+        parse_config({"simulation": {key: 3_000_000_000}})
+
+
 @pytest.mark.parametrize(
     ("algorithm", "expected"),
     [

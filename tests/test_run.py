@@ -181,9 +181,11 @@ def test_a_run_directory_is_not_overwritten(config, tmp_path):
 def test_resume_refuses_other_numerics(config, tmp_path):
     fedsim("run", config(), "--out", tmp_path / "r")
     path = tmp_path / "r" / "config.toml"
-    path.write_text(path.read_text().replace("odd-block-threads = 1", "odd-block-threads = 2"))
+    text = path.read_text().replace('executor = "vmap"', 'executor = "loop"')
+    path.write_text(text.replace("odd-block-threads = 1", "odd-block-threads = 2"))
     done = fedsim("resume", tmp_path / "r", check=False)
     assert done.returncode == 2
+    assert "executor was 'vmap', is 'loop'" in done.stderr
     assert "odd_block_threads was 1, is 2" in done.stderr
 
 

@@ -41,7 +41,7 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def whole_rounds(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
 
 
 def legend_above(figure: Figure, axes: Axes, count: int) -> None:

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from fedsim.results.clients import client_heatmap, learning_rates
+from fedsim.results.figure import new_figure, whole_rounds
 from fedsim.results.plots import accuracy_by_domain, draw_all, final_accuracy
 from fedsim.results.run import find_runs
 from fedsim.results.store import MetricStore
@@ -88,3 +89,11 @@ def test_a_run_that_diverged_is_drawn_as_far_as_it_went(runs, tmp_path):
 
 def test_bars_begin_at_zero(runs):
     assert final_accuracy(find_runs(runs)).axes[0].get_ylim()[0] == 0
+
+
+def test_ticks_are_whole_rounds_even_of_a_single_one():
+    axes = new_figure(5, 3).add_subplot()
+    whole_rounds(axes)
+    axes.plot([2], [50.0], "o")
+    ticks = axes.get_xticks()
+    assert (ticks == ticks.round()).all()
