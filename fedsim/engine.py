@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.errors import FedsimError
-from fedsim.fold import Partial, gather, mean, merge, settled
+from fedsim.fold import LARGE, Partial, Tree, fan_of, mean, merge
 from fedsim.guard import WELL_FORMED, Policy
 from fedsim.packing import Packed, States
 from fedsim.pool import Pool, WorkerLost
@@ -28,17 +28,15 @@ from fedsim.worker import BlockResult, EvaluationJob, Failure, Jobs, Narrowed, S
 
 VMAP_BLOCK = 1024  # clients: beyond, a step's overhead is nothing beside its work
 VMAP_BYTES = 1 << 26  # of one copy of the stacked parameters; gradients and activations come on top
-LARGE_MODEL = 1 << 22  # bytes
 WINDOW = 2048  # evaluations under way at a time
 STACK = 32  # models scored at once under vmap
-TOGETHER = 2  # blocks' sums that wait to be added, while others train, to those before them
 
 
 def block_size(executor: str, cohort: int, model_bytes: int) -> int:
     """The default block: vmap wants many clients at once, but two workers something to do; the loop enough blocks to
     keep more of them busy, though the sums of a large model are costly to move."""
     if executor != "vmap":
-        return math.ceil(cohort / (16 if model_bytes < LARGE_MODEL else 8))
+        return math.ceil(cohort / (16 if model_bytes < LARGE else 8))
     return min(math.ceil(cohort / 2), VMAP_BLOCK, max(8, VMAP_BYTES // max(model_bytes, 1)))
 
 
@@ -146,16 +144,15 @@ class Federation:
         and the clients keep the private state they had.
         """
         columns: list[ReplyColumns] = []
-        partials: list[Partial] = []
-        total: Partial | None = None
-        for result in self._results(order, clients):
+        fan = fan_of(order.returned)
+        apart = order.fold and self.pool.apart and len(cut(clients, self.block)) > fan
+        sums = Tree(fan, self.pool.group) if apart else Tree(fan)
+        for result in self._results(order, clients, apart=apart):
             columns += result.replies
             if result.partial is not None:
-                partials.append(result.partial)
+                sums.append(result.partial)
                 result.partial = None
-            if len(partials) == TOGETHER:
-                total = gather(total, partials)
-        partials = settled(total, partials, order.shared)
+        partials = sums.settled(order.shared)
         replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:
@@ -170,14 +167,18 @@ class Federation:
         self.store.accept()
         return results
 
-    def _results(self, order: Order, clients: Sequence[int]) -> Iterator[BlockResult]:
-        """Results in block order, as soon as they and all before them are there; the new states are staged."""
+    def _results(self, order: Order, clients: Sequence[int], *, apart: bool = False) -> Iterator[BlockResult]:
+        """Results in block order, as soon as they and all before them are there; the new states are staged.
+
+        Args:
+            apart: the blocks' sums are for the pool's groups.
+        """
         self.store.discard()
         calls = _Calls(cut(sorted(clients), self.block), self.packed, self.odd_block_threads)
         self.failures, self.dropped = [], 0
         narrowed: list[Narrowed] = []
         early: dict[int, BlockResult] = {}
-        arrivals, following = self.pool.map("train", order, calls), 0
+        arrivals, following = self.pool.map("train", order, calls, apart=apart), 0
         for number, result in arrivals:
             if isinstance(result, WorkerLost):
                 lost = [Failure(c, result.stage, str(result)) for c in calls.clients(number)]

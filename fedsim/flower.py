@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedsim.fold import Partial, settled
+from fedsim.fold import Partial, Tree, fan_of
 from fedsim.guard import (
     WELL_FORMED,
     Offenders,
@@ -284,10 +284,11 @@ def collect(
         for node, reason in refuse_odd({node: r.report for node, r in replies.items()}).items():
             leave_out(node, reason)
             del replies[node]
-    by_client = lambda replies: sorted(replies.values(), key=lambda r: r.client)  # noqa: E731
-    return [
-        Replies(
-            by_client(s), settled(None, [p for _, p in sorted(ps.items())], order.shared), order.weighting, population
-        )
-        for s, ps, order in zip(singles, partials, orders)
-    ]
+    collected = []
+    for replies, partials_of, order in zip(singles, partials, orders):
+        sums = Tree(fan_of(order.returned))
+        for _, partial in sorted(partials_of.items()):
+            sums.append(partial)
+        by_client = sorted(replies.values(), key=lambda r: r.client)
+        collected.append(Replies(by_client, sums.settled(order.shared), order.weighting, population))
+    return collected

@@ -1,14 +1,16 @@
 """Weighted sums of client tensors: the partial sums of a block, and their combination in block order.
 
-Every sum is in a fixed order (clients by number inside a block, blocks by number), so the mean has the same bits for
-any number of workers and any order of arrival. It is in float64, as is every product, but for those of ``WideSum``.
+Every sum is in a fixed order (clients by number inside a block, blocks by number, one after the other or in a tree), so
+the mean has the same bits for any number of workers and any order of arrival. It is in float64, as is every product,
+but for those of ``WideSum``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from torch import Tensor
 from fedsim.types import LowRank, Tensors
 
 PIECE = 1 << 16  # numbers: as many sums in float64, and as many terms, fit in a core's own cache
+TOGETHER = 2  # blocks' sums that wait, while others are trained, to be added to those before them
+LARGE = 1 << 22  # bytes of a model: the sums of many blocks are added in a tree, whose parts workers can add
+FAN = 8  # sums that it adds at a time
 
 
 @dataclass
@@ -189,6 +194,92 @@ def gather(total: Partial | None, partials: list[Partial]) -> Partial:
         total.base = {n: total.base.get(n, 0.0) + partial.base.get(n, 0.0) for n in {**total.base, **partial.base}}
     partials.clear()
     return total
+
+
+def fan_of(tensors: Tensors) -> float:
+    """How many sums of such tensors are added one after the other before their sum is one of so many again."""
+    return FAN if sum(v.nbytes for v in tensors.values()) >= LARGE else math.inf
+
+
+class Chain:
+    """Sums that are added here, a few at a time as they come."""
+
+    def __init__(self) -> None:
+        self.count, self.waiting = 0, list[Partial]()
+        self.total: Partial | None = None
+
+    def append(self, partial: Partial) -> None:
+        self.count += 1
+        self.waiting.append(partial)
+        if len(self.waiting) == TOGETHER:
+            self.total = gather(self.total, self.waiting)
+
+    def close(self) -> Partial:
+        """Their sum."""
+        return gather(self.total, self.waiting)
+
+    def rest(self) -> tuple[Partial | None, list[Partial]]:
+        """The sum of the first of them, and the others."""
+        return self.total, self.waiting
+
+    def take(self, total: Partial) -> Partial:
+        """What ``close`` has given."""
+        return total
+
+
+class Apart:
+    """Sums that are elsewhere and are added there.
+
+    Args:
+        add: the sum of several, in order, elsewhere too.
+        take: a sum, from where it is.
+    """
+
+    def __init__(self, add: Callable[[list[Any]], Any], take: Callable[[Any], Partial]):
+        self.add, self.take, self.sums = add, take, list[Any]()
+
+    @property
+    def count(self) -> int:
+        return len(self.sums)
+
+    def append(self, partial: Any) -> None:
+        self.sums.append(partial)
+
+    def close(self) -> Any:
+        return self.add(self.sums) if self.count > 1 else self.sums[0]
+
+    def rest(self) -> tuple[None, list[Partial]]:
+        return None, [self.take(self.close())] if self.sums else []
+
+
+class Tree:
+    """Adds the sums of blocks, given in block order: ``fan`` of them to one, and as many such sums again.
+
+    Args:
+        group: what holds and adds the sums of a level.
+    """
+
+    def __init__(self, fan: float, group: Callable[[], Chain | Apart] = Chain):
+        self.fan, self.group = fan, group
+        self.levels = [group()]  # the higher, the earlier the blocks
+
+    def append(self, partial: Any) -> None:
+        for number, level in enumerate(self.levels):
+            if level.count < self.fan:
+                level.append(partial)
+                return
+            self.levels[number] = self.group()
+            self.levels[number].append(partial)
+            partial = level.close()
+        self.levels.append(self.group())
+        self.levels[-1].append(partial)
+
+    def settled(self, base: Tensors) -> list[Partial]:
+        """What all come to, as ``settled`` gives it."""
+        *lower, top = self.levels
+        sums = [(level, level.close()) for level in reversed(lower)]
+        total, partials = top.rest()
+        return settled(total, [*partials, *(level.take(s) for level, s in sums)], base)
 
 
 def settled(total: Partial | None, partials: list[Partial], base: Tensors) -> list[Partial]:

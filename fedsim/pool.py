@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from fedsim.fold import Apart, Chain
 from fedsim.worker import Worker, WorkerSpec
 
 
@@ -23,13 +24,24 @@ class WorkerLost(Exception):
 class Pool(Protocol):
     retried: list[tuple[int, str]]
     """Numbers of the last ``map``'s calls that were repeated, once for each time, and why."""
+    apart: bool
+    """Whether large sums are better added elsewhere than by the caller."""
 
-    def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, method: str, common: Any, calls: Sequence[tuple], *, apart: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         """Call ``worker.method(common, *call)`` for every call; yield (number of the call, result) as they end.
 
         ``common`` is the same for all of them and travels once; the first of ``call`` is a sequence of clients or of
         evaluation jobs. A result may be a ``WorkerLost``.
+
+        Args:
+            apart: a result's ``partial``, if it has one, is for a ``group`` alone, and perhaps not here.
         """
+        ...
+
+    def group(self) -> Chain | Apart:
+        """To add what comes apart."""
         ...
 
     def close(self) -> None: ...
@@ -38,13 +50,20 @@ class Pool(Protocol):
 class InProcess:
     """One worker in this process: no Ray, easiest to debug, the same bits."""
 
+    apart = False
+
     def __init__(self, spec: WorkerSpec):
         self.worker = Worker(spec)
         self.retried: list[tuple[int, str]] = []
 
-    def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, method: str, common: Any, calls: Sequence[tuple], *, apart: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         for number, call in enumerate(calls):
             yield number, getattr(self.worker, method)(common, *call)
+
+    def group(self) -> Chain:
+        return Chain()
 
     def close(self) -> None:
         pass

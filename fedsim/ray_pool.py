@@ -21,9 +21,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.errors import ConfigError, FedsimError
+from fedsim.fold import Apart, Partial, gather
 from fedsim.pool import WorkerLost
 from fedsim.processes import keep_memory
 from fedsim.ray_session import Session, current
@@ -31,6 +33,7 @@ from fedsim.worker import Worker, WorkerSpec
 
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
 SMALL = 1 << 15  # bytes of a model: an object in the store takes milliseconds, as long as training many of these
+MANY = 8  # workers whose large sums are not left to the driver to add, which two or four do not keep busy
 GRACE = 10.0  # seconds beyond the limits of a call's clients or models: to send the call, gather, send the result
 
 
@@ -57,6 +60,23 @@ class _Actor:
     def call(self, method: str, common: Any, call: tuple) -> Any:
         return getattr(self.worker, method)(common, *call)
 
+    @ray.method(num_returns=2)
+    def call_apart(self, method: str, common: Any, call: tuple) -> tuple[Any, Any]:
+        """The result, and its sum as an object of its own, which stays in this node's store."""
+        result = self.call(method, common, call)
+        partial, result.partial = result.partial, None
+        return result, partial
+
+
+class _Adder:
+    def __init__(self) -> None:
+        keep_memory()
+        _register_tensors()
+        torch.set_num_threads(1)
+
+    def add(self, *sums: Partial) -> Partial:
+        return gather(None, list(sums))
+
 
 @dataclass(frozen=True)
 class _Running:
@@ -65,6 +85,7 @@ class _Running:
     tries: int
     limit: float
     deadline: float
+    partial: Any  # its sum, if it is kept apart
 
 
 class RayPool:
@@ -98,6 +119,10 @@ class RayPool:
         self.small = sum(v.nbytes for v in spec.task.model.state_dict().values()) <= SMALL
         self.sent: Any = None  # the specification in the object store, where it is as large as the model: while needed
         self.remote = ray.remote(num_cpus=spec.threads, num_gpus=gpus, max_restarts=0)(_Actor)
+        self.apart = workers >= MANY
+        # No worker's call: that would wait for the end of its block, and be lost with the worker. Ray repeats these.
+        self.adder = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=retries)(_Adder)
+        self.adders: dict[str, Any] = {}  # by node, where there is something to add
         self.actors: list[Any] = [None] * workers
         self.processes: list[tuple[str, int]] = [("", 0)] * workers
         self.starting: dict[Any, int] = {}  # reference -> actor
@@ -161,7 +186,9 @@ class RayPool:
                 os.kill(process, signal.SIGKILL)
         self._launch(actor)
 
-    def map(self, method: str, common: Any, calls: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, method: str, common: Any, calls: Sequence[tuple], *, apart: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         shared, self.retried = self._put(common), []
         waiting = deque((number, 0) for number in range(len(calls)))
         idle = [actor for actor in range(len(self.actors)) if actor not in self.starting.values()]
@@ -173,8 +200,12 @@ class RayPool:
                 (number, tries), actor = waiting.popleft(), idle.pop(0)
                 call, size = ready.pop(number) if number in ready else self._call(calls[number])
                 limit = self.limit * size + GRACE if self.limit else math.inf
-                reference = self.actors[actor].call.remote(method, shared, call)
-                running[reference] = _Running(actor, number, tries, limit, time.monotonic() + limit)
+                handle, partial = self.actors[actor], None
+                if apart:
+                    reference, partial = handle.call_apart.remote(method, shared, call)
+                else:
+                    reference = handle.call.remote(method, shared, call)
+                running[reference] = _Running(actor, number, tries, limit, time.monotonic() + limit, partial)
             yield from done  # now that their actors have something to do
             done = []
             if not running and not waiting:
@@ -203,6 +234,8 @@ class RayPool:
                     result = WorkerLost(f"its worker died {run.tries + 1} times: {_line(error)}")
                 else:
                     idle.append(run.actor)
+                    if apart and result.replies:
+                        result.partial = run.partial, self.processes[run.actor][0]
                 done.append((run.number, result))
             for reference, run in list(running.items()):
                 if time.monotonic() < run.deadline:
@@ -216,6 +249,18 @@ class RayPool:
                     lost = WorkerLost(f"no result within {run.limit:g} s, {run.tries + 1} times", "time")
                     done.append((run.number, lost))
 
+    def group(self) -> Apart:
+        return Apart(self._add, _take)
+
+    def _add(self, sums: list[tuple[Any, str]]) -> tuple[Any, str]:
+        """On the node that holds the most of them."""
+        references, nodes = zip(*sums)
+        node = max(nodes, key=nodes.count)
+        if node not in self.adders:
+            there = NodeAffinitySchedulingStrategy(node, soft=True)
+            self.adders[node] = self.adder.options(scheduling_strategy=there).remote()
+        return self.adders[node].add.remote(*references), node
+
     def _put(self, argument: Any) -> Any:
         """In the object store; as it is if the model is small, when Ray sends it with the call."""
         return argument if self.small else ray.put(argument)
@@ -225,10 +270,20 @@ class RayPool:
         return self._put(call), len(call[0])
 
     def close(self) -> None:
-        for actor in filter(None, self.actors):
+        for actor in filter(None, [*self.actors, *self.adders.values()]):
             ray.kill(actor)
         if self.own:
             self.own.close()
+
+
+def _take(partial: tuple[Any, str]) -> Partial:
+    try:
+        return ray.get(partial[0])
+    except RayError as error:
+        reason = error.cause if isinstance(error, RayTaskError) else _line(error)
+        raise FedsimError(
+            f"the sum of several blocks is lost: {reason}; 'fedsim resume' goes on from before it"
+        ) from None
 
 
 def _line(error: Exception) -> str:

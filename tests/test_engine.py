@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 from fedsim.checkpoint import state_sha256
 from fedsim.errors import ConfigError
+from fedsim.grid import SimulationGrid
 from fedsim.pool import InProcess, WorkerLost
 from fedsim.registry import parts, presets
 from fedsim.types import Order
+from fedsim.wire import to_tensors
 from fedsim.worker import Worker
-from tests.conftest import Small
+from strategies import FedAvg
+from tests.conftest import Small, nine_clients
 
 PUBLIC = {"federation": {"public-per-class": 1}}  # for methods that score weights on the server
 STRATEGIES = [name for name in presets() if name != "centralised"]
@@ -135,8 +138,8 @@ def test_another_seed_gives_other_numbers(dataset):
 class Backwards(InProcess):
     """Results in the opposite order of the calls."""
 
-    def map(self, method, common, calls):
-        yield from reversed(list(super().map(method, common, calls)))
+    def map(self, method, common, calls, **options):
+        yield from reversed(list(super().map(method, common, calls, **options)))
 
 
 @pytest.mark.parametrize("executor", ["loop", "vmap"])
@@ -146,12 +149,27 @@ def test_the_order_of_arrival_changes_no_bit(dataset, executor):
     assert state_sha256(Small(dataset, pool=Backwards, **sections).run(2)) == state_sha256(forwards)
 
 
+def test_a_large_models_sums_are_a_trees_whatever_their_order_of_arrival_and_on_flowers_loop(dataset, monkeypatch):
+    # In float64, whose sums are rounded: of numbers in float32 they are all but exact.
+    shards, sections = nine_clients(dataset), {"simulation": {"block": 1}, "training": {"dtype": "float64"}}
+    chain = state_sha256(Small(dataset, shards, **sections).run(2))
+    monkeypatch.setattr("fedsim.fold.LARGE", 0)
+    monkeypatch.setattr("fedsim.fold.FAN", 2)
+    expected = state_sha256(Small(dataset, shards, **sections).run(2))
+    assert expected != chain, "nine sums are added two at a time"
+    assert state_sha256(Small(dataset, shards, pool=Backwards, **sections).run(2)) == expected
+    small = Small(dataset, shards, **sections)
+    grid = SimulationGrid(small.federation)
+    result = FedAvg().start(grid, grid.initial_arrays(), num_rounds=2)
+    assert state_sha256(to_tensors(result.arrays)) == expected
+
+
 def arriving(order):
     """A pool whose results come in this order."""
 
     class Arriving(InProcess):
-        def map(self, method, common, calls):
-            results = list(super().map(method, common, calls))
+        def map(self, method, common, calls, **options):
+            results = list(super().map(method, common, calls, **options))
             yield from (results[i] for i in order) if len(results) == len(order) else results
 
     return Arriving
@@ -276,8 +294,8 @@ def test_evaluation_scores_each_distinct_model_and_domain_once(dataset):
 class Breaking(InProcess):
     """The second block's worker dies for good."""
 
-    def map(self, method, common, calls):
-        for number, result in super().map(method, common, calls):
+    def map(self, method, common, calls, **options):
+        for number, result in super().map(method, common, calls, **options):
             yield number, WorkerLost("its worker died 3 times") if number == 1 else result
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedsim.fold import Partial, WideSum, gather, mean, merge, settled
+from fedsim.fold import FAN, LARGE, Apart, Chain, Partial, Tree, WideSum, fan_of, gather, mean, merge, settled
 from fedsim.types import LowRank
 from tests.conftest import Small
 
@@ -247,3 +247,49 @@ def came_as_factors(small, name):
         small.federation.train(order, [0, 1, 2])
     assert name in order.shared
     return count
+
+
+def block_sums(count: int) -> list[Partial]:
+    tensors, weights = clients(3, count)
+    return [Partial.of(t, w) for t, w in zip(tensors, weights)]
+
+
+def grown(tree: Tree, count: int) -> list[Partial]:
+    for partial in block_sums(count):
+        tree.append(partial)
+    return tree.settled({})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 80), st.integers(2, 8))
+def test_a_tree_has_the_same_bits_wherever_its_sums_are_added(count, fan):
+    taken = []
+    apart = Tree(fan, lambda: Apart(lambda sums: gather(None, [*sums]), lambda s: taken.append(s) or s))
+    like = clients(3, 1)[0][0]
+    here, there = mean(grown(Tree(fan), count), like), mean(grown(apart, count), like)
+    chain = mean(block_sums(count), like)
+    for name, value in here.items():
+        assert torch.equal(value, there[name])
+        torch.testing.assert_close(value, chain[name], rtol=1e-6, atol=1e-7)
+        if count <= fan:
+            assert torch.equal(value, chain[name])
+    levels, full = 1, fan  # whoever holds the tree gets a sum of each level
+    while count > full:
+        levels, full = levels + 1, fan * (full + 1)
+    assert len(taken) <= levels
+
+
+def test_the_sums_of_a_small_model_are_one_chain_and_those_of_a_large_one_a_tree():
+    assert fan_of({"w": torch.empty(LARGE // 4 - 1)}) == float("inf")
+    assert fan_of({"w": torch.empty(LARGE // 4)}) == FAN
+
+
+def test_a_tree_adds_in_float64_what_the_updates_of_wide_layers_are_added_to():
+    base = {"w": torch.full((2, 2), 0.5)}
+    tree = Tree(2, Chain)
+    for number in range(5):
+        tree.append(Partial({"w": torch.full((2, 2), float(number))}, 2.0, base={"w": 2.0}))
+    (total,) = tree.settled(base)
+    assert total.tensors["w"].dtype is torch.float64
+    assert total.tensors["w"].tolist() == [[15.0, 15.0]] * 2  # 0 + 1 + 2 + 3 + 4 and five times 2 * 0.5
+    assert (total.weight, total.base) == (10.0, {})

@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 from fedsim.checkpoint import state_sha256
 from fedsim.errors import ConfigError
 from fedsim.ray_pool import RayPool
-from tests.conftest import Small
+from tests.conftest import Small, nine_clients
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,19 @@ def test_workers_on_two_nodes_with_half_a_gpu_each_end_with_the_same_bits(datase
     assert state_sha256(small.run(2)) == expected
     nodes = Counter(ray.get([actor.where.remote() for actor in small.federation.pool.actors])[i][0] for i in range(4))
     assert sorted(nodes.values()) == [2, 2], "one GPU serves two workers"
+    small.federation.close()
+
+
+def test_the_sums_of_a_large_model_are_added_on_two_nodes_with_the_same_bits(dataset, two_nodes, monkeypatch):
+    monkeypatch.setattr("fedsim.ray_pool.MANY", 4)
+    monkeypatch.setattr("fedsim.fold.LARGE", 0)
+    monkeypatch.setattr("fedsim.fold.FAN", 2)
+    sections = {"simulation": {"block": 1}, "training": {"dtype": "float64"}}
+    expected = state_sha256(Small(dataset, nine_clients(dataset), **sections).run(2))
+    pool = lambda spec: RayPool(spec, 4, address=two_nodes)  # noqa: E731
+    small = Small(dataset, nine_clients(dataset), pool=pool, **sections)
+    assert state_sha256(small.run(2)) == expected
+    assert len(small.federation.pool.adders) == 2, "each node adds what it has"
     small.federation.close()
 
 

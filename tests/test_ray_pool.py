@@ -15,7 +15,7 @@ from fedsim.errors import ConfigError, FedsimError
 from fedsim.plugin import Plugin
 from fedsim.run import run
 from fedsim.types import Order
-from tests.conftest import Small, shards_of
+from tests.conftest import Small, nine_clients, shards_of
 from tests.faults.place import CONFIG, write_tree
 
 
@@ -227,6 +227,64 @@ def test_a_small_model_goes_with_the_calls_and_has_the_same_bits(dataset, ray_se
     state = there.run(2)
     assert state_sha256(state) == state_sha256(alone.run(2))
     assert there.federation.evaluate(state) == alone.federation.evaluate(state)
+    pool.close()
+
+
+NINE = {"simulation": {"block": 1}, "training": {"dtype": "float64"}}  # in float32 all orders of a sum have one result
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every model counts as large, two workers as many, and sums are added two at a time."""
+    monkeypatch.setattr("fedsim.ray_pool.MANY", 2)
+    monkeypatch.setattr("fedsim.fold.LARGE", 0)
+    monkeypatch.setattr("fedsim.fold.FAN", 2)
+
+
+@pytest.mark.slow
+def test_a_large_models_sums_are_added_apart_with_the_same_bits_though_workers_are_killed(
+    dataset, ray_session, tmp_path, monkeypatch, large
+):
+    from fedsim.ray_pool import _Adder, _take
+
+    expected = state_sha256(Small(dataset, nine_clients(dataset), **NINE).run(2))
+    killed, taken = tmp_path / "killed", []
+
+    class Killed(_Adder):
+        def add(self, *sums):
+            if not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().add(*sums)
+
+    def taking(partial):
+        taken.append(_take(partial))
+        return taken[-1]
+
+    monkeypatch.setattr("fedsim.ray_pool._Adder", Killed)
+    monkeypatch.setattr("fedsim.ray_pool._take", taking)
+    small = Small(dataset, nine_clients(dataset), **NINE)
+    with_plugin(small, SignalOnce(tmp_path / "killed too"))
+    pool = pool_for(small)
+    assert state_sha256(small.run(2)) == expected
+    assert killed.exists()
+    assert (tmp_path / "killed too").exists()
+    # Of nine sums, two at a time: four of two and one, two of these and none, one of these.
+    assert [partial.weight for partial in taken] == [12.0 * n for n in (4, 4, 1)] * 2
+    pool.close()
+
+
+@pytest.mark.slow
+def test_a_sum_that_cannot_be_added_ends_the_run_with_a_message(dataset, ray_session, monkeypatch, large):
+    class Killed:
+        def add(self, *sums):
+            os._exit(1)
+
+    monkeypatch.setattr("fedsim.ray_pool._Adder", Killed)
+    small = Small(dataset, nine_clients(dataset), **NINE)
+    pool = pool_for(small, retries=1)
+    with pytest.raises(FedsimError, match=r"the sum of several blocks is lost: .* 'fedsim resume' goes on"):
+        small.run(1)
     pool.close()
 
 

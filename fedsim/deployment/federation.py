@@ -24,7 +24,7 @@ from fedsim.deployment.wire import pack, unpack
 from fedsim.engine import Federation, cut
 from fedsim.errors import FedsimError
 from fedsim.flower import METRICS, order_content, read_reply
-from fedsim.fold import Partial
+from fedsim.fold import Partial, Tree, fan_of
 from fedsim.guard import refuse, refuse_count, refuse_metrics, refuse_norm, refuse_odd, refuse_report
 from fedsim.pool import InProcess
 from fedsim.store import ClientStore
@@ -249,7 +249,7 @@ class RemoteFederation(Federation):
         singles = [believed[c] for c in clients if c in believed]
         if not order.fold:
             return Replies(singles, [], order.weighting, len(self))
-        partials = []
+        sums = Tree(fan_of(order.returned))
         for block in cut(clients, self.block):
             partial: Partial | None = None
             for client in block:
@@ -263,7 +263,8 @@ class RemoteFederation(Federation):
                 else:
                     partial.add(tensors, weight)
             if partial is not None:
-                partials.append(partial)
+                sums.append(partial)
+        partials = sums.settled(order.shared)
         return Replies([replace(r, shared={}) for r in singles], partials, order.weighting, len(self))
 
     def traffic(self, order: Order, clients: Sequence[int], replies: Replies) -> tuple[int, int]:
