@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fedsim.errors import FedsimError
 from fedsim.fold import LARGE, Partial, Tree, fan_of, mean, merge
 from fedsim.guard import WELL_FORMED, Policy
 from fedsim.packing import Packed, States
-from fedsim.pool import Pool, WorkerLost
+from fedsim.pool import Pool, SumLost, WorkerLost
 from fedsim.random import generator
 from fedsim.store import ClientStore
 from fedsim.strategy import Replies, Rows
@@ -143,16 +144,12 @@ class Federation:
         is worth a line in the run's events: of this order alone. If too few updates can be used, ``self.void`` says so,
         and the clients keep the private state they had.
         """
-        columns: list[ReplyColumns] = []
-        fan = fan_of(order.returned)
-        apart = order.fold and self.pool.apart and len(cut(clients, self.block)) > fan
-        sums = Tree(fan, self.pool.group) if apart else Tree(fan)
-        for result in self._results(order, clients, apart=apart):
-            columns += result.replies
-            if result.partial is not None:
-                sums.append(result.partial)
-                result.partial = None
-        partials = sums.settled(order.shared)
+        try:
+            columns, partials = self._trained(order, clients, apart=self.pool.apart)
+        except SumLost as lost:  # a block is a pure function of its arguments, and no state has been accepted yet
+            columns, partials = self._trained(order, clients, apart=False)
+            self.retried = len(clients)
+            self.events.insert(0, ("retried", {"clients": [*clients], "reason": str(lost)}))
         replies = Rows(columns)
         self.void = self.policy.void(len(replies), len(clients), self.needs)
         if self.void is None:
@@ -160,6 +157,25 @@ class Federation:
         else:
             self.store.discard()
         return Replies(replies, partials, order.weighting, len(self))
+
+    def _trained(
+        self, order: Order, clients: Sequence[int], *, apart: bool
+    ) -> tuple[list[ReplyColumns], list[Partial]]:
+        """The replies, and what the blocks' sums come to.
+
+        Args:
+            apart: if there are many of them and they are large, they are not added here, but by the pool.
+        """
+        columns: list[ReplyColumns] = []
+        fan = fan_of(order.returned)
+        apart = apart and order.fold and len(cut(clients, self.block)) > fan
+        sums = Tree(fan, partial(self.pool.group, apart))
+        for result in self._results(order, clients, apart=apart):
+            columns += result.replies
+            if result.partial is not None:
+                sums.append(result.partial)
+                result.partial = None
+        return columns, sums.settled(order.shared)
 
     def train_blocks(self, order: Order, clients: Sequence[int]) -> list[BlockResult]:
         """The results in block order; the clients' new private states are stored."""

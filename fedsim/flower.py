@@ -286,8 +286,12 @@ def collect(
             del replies[node]
     collected = []
     for replies, partials_of, order in zip(singles, partials, orders):
-        sums = Tree(fan_of(order.returned))
-        for _, partial in sorted(partials_of.items()):
+        ordered = [partial for _, partial in sorted(partials_of.items())]
+        # Of what is in them: the order of a run that was started with the whole model has more.
+        sums = Tree(
+            fan_of({n: order.returned[n] for p in ordered[:1] for n in p.tensors.keys() & order.returned.keys()})
+        )
+        for partial in ordered:
             sums.append(partial)
         by_client = sorted(replies.values(), key=lambda r: r.client)
         collected.append(Replies(by_client, sums.settled(order.shared), order.weighting, population))

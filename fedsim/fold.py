@@ -19,8 +19,8 @@ from fedsim.types import LowRank, Tensors
 
 PIECE = 1 << 16  # numbers: as many sums in float64, and as many terms, fit in a core's own cache
 TOGETHER = 2  # blocks' sums that wait, while others are trained, to be added to those before them
-LARGE = 1 << 22  # bytes of a model: the sums of many blocks are added in a tree, whose parts workers can add
-FAN = 8  # sums that it adds at a time
+LARGE = 1 << 22  # bytes of a model: the sums of many blocks are added in a tree, which several can do at once
+FAN = 8  # sums that a tree adds at a time
 
 
 @dataclass
@@ -246,7 +246,9 @@ class Apart:
         self.sums.append(partial)
 
     def close(self) -> Any:
-        return self.add(self.sums) if self.count > 1 else self.sums[0]
+        """Their sum, and none of them is held any longer."""
+        sums, self.sums = self.sums, []
+        return self.add(sums) if len(sums) > 1 else sums[0]
 
     def rest(self) -> tuple[None, list[Partial]]:
         return None, [self.take(self.close())] if self.sums else []

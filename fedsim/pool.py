@@ -21,6 +21,10 @@ class WorkerLost(Exception):
         self.stage = stage
 
 
+class SumLost(Exception):
+    """A sum that was apart cannot be had."""
+
+
 class Pool(Protocol):
     retried: list[tuple[int, str]]
     """Numbers of the last ``map``'s calls that were repeated, once for each time, and why."""
@@ -40,8 +44,9 @@ class Pool(Protocol):
         """
         ...
 
-    def group(self) -> Chain | Apart:
-        """To add what comes apart."""
+    def group(self, apart: bool) -> Chain | Apart:
+        """What adds the sums of a ``map``. An ``Apart`` may raise ``SumLost`` in the end: what it adds can be lost with
+        those who hold it."""
         ...
 
     def close(self) -> None: ...
@@ -62,7 +67,7 @@ class InProcess:
         for number, call in enumerate(calls):
             yield number, getattr(self.worker, method)(common, *call)
 
-    def group(self) -> Chain:
+    def group(self, apart: bool) -> Chain:
         return Chain()
 
     def close(self) -> None:

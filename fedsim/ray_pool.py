@@ -1,7 +1,7 @@
 """Persistent Ray actors. With ``fedsim.ray_session`` the only module that imports Ray.
 
 The worker's specification and a round's order are put into the object store once (small ones go with every call);
-tensors cross as numpy arrays, which Ray maps into the actors without a copy. An actor that dies or hangs is replaced
+tensors cross as numpy arrays, which Ray maps into the actors without a copy. A worker that dies or hangs is replaced
 and its call repeated: a block is a pure function of its arguments, so the repetition has the same bits.
 """
 
@@ -25,8 +25,8 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.errors import ConfigError, FedsimError
-from fedsim.fold import Apart, Partial, gather
-from fedsim.pool import WorkerLost
+from fedsim.fold import Apart, Chain, Partial, gather
+from fedsim.pool import SumLost, WorkerLost
 from fedsim.processes import keep_memory
 from fedsim.ray_session import Session, current
 from fedsim.worker import Worker, WorkerSpec
@@ -34,6 +34,7 @@ from fedsim.worker import Worker, WorkerSpec
 LOST = (RayActorError, OutOfMemoryError)  # the process of an actor is gone
 SMALL = 1 << 15  # bytes of a model: an object in the store takes milliseconds, as long as training many of these
 MANY = 8  # workers whose large sums are not left to the driver to add, which two or four do not keep busy
+PATIENCE = 300.0  # seconds for sums that are added already, or nearly
 GRACE = 10.0  # seconds beyond the limits of a call's clients or models: to send the call, gather, send the result
 
 
@@ -69,6 +70,8 @@ class _Actor:
 
 
 class _Adder:
+    """Adds sums on the node where they are."""
+
     def __init__(self) -> None:
         keep_memory()
         _register_tensors()
@@ -121,8 +124,9 @@ class RayPool:
         self.remote = ray.remote(num_cpus=spec.threads, num_gpus=gpus, max_restarts=0)(_Actor)
         self.apart = workers >= MANY
         # No worker's call: that would wait for the end of its block, and be lost with the worker. Ray repeats these.
-        self.adder = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=retries)(_Adder)
-        self.adders: dict[str, Any] = {}  # by node, where there is something to add
+        self.adder = ray.remote(num_cpus=0, max_restarts=retries, max_task_retries=retries)(_Adder)
+        self.adders: dict[tuple[str, int], Any] = {}  # by node, where there is something to add, and number there
+        self.turn = itertools.count()
         self.actors: list[Any] = [None] * workers
         self.processes: list[tuple[str, int]] = [("", 0)] * workers
         self.starting: dict[Any, int] = {}  # reference -> actor
@@ -249,17 +253,37 @@ class RayPool:
                     lost = WorkerLost(f"no result within {run.limit:g} s, {run.tries + 1} times", "time")
                     done.append((run.number, lost))
 
-    def group(self) -> Apart:
-        return Apart(self._add, _take)
+    def group(self, apart: bool) -> Chain | Apart:
+        return Apart(self._add, self._take) if apart else Chain()
 
     def _add(self, sums: list[tuple[Any, str]]) -> tuple[Any, str]:
-        """On the node that holds the most of them."""
+        """On the node that holds the most of them, where ``MANY`` workers have an adder."""
         references, nodes = zip(*sums)
         node = max(nodes, key=nodes.count)
-        if node not in self.adders:
+        workers = sum(at == node for at, _ in self.processes)
+        key = node, next(self.turn) % math.ceil(max(workers, 1) / MANY)
+        if key not in self.adders:
             there = NodeAffinitySchedulingStrategy(node, soft=True)
-            self.adders[node] = self.adder.options(scheduling_strategy=there).remote()
-        return self.adders[node].add.remote(*references), node
+            self.adders[key] = self.adder.options(scheduling_strategy=there).remote()
+        return self.adders[key].add.remote(*references), node
+
+    def _take(self, partial: tuple[Any, str]) -> Partial:
+        """
+        Raises:
+            SumLost: with a node, or with an adder that died as often as retries allow, or hangs.
+        """
+        try:
+            return ray.get(partial[0], timeout=PATIENCE)
+        except RayTaskError as error:
+            if not isinstance(error.cause, RayError):
+                raise error.as_instanceof_cause() from None
+            reason = _line(error.cause)
+        except RayError as error:
+            reason = _line(error)
+        for adder in self.adders.values():
+            ray.kill(adder)
+        self.adders = {}
+        raise SumLost(f"the sum of some blocks is lost: {reason}")
 
     def _put(self, argument: Any) -> Any:
         """In the object store; as it is if the model is small, when Ray sends it with the call."""
@@ -274,16 +298,6 @@ class RayPool:
             ray.kill(actor)
         if self.own:
             self.own.close()
-
-
-def _take(partial: tuple[Any, str]) -> Partial:
-    try:
-        return ray.get(partial[0])
-    except RayError as error:
-        reason = error.cause if isinstance(error, RayTaskError) else _line(error)
-        raise FedsimError(
-            f"the sum of several blocks is lost: {reason}; 'fedsim resume' goes on from before it"
-        ) from None
 
 
 def _line(error: Exception) -> str:

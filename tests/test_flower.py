@@ -12,12 +12,13 @@ import strategies
 from fedsim.checkpoint import state_sha256
 from fedsim.errors import ConfigError
 from fedsim.flower import collect, order_content, read_order, read_reply, reply_content
+from fedsim.fold import fan_of
 from fedsim.grid import SimulationGrid
 from fedsim.types import Order, Reply
 from fedsim.wire import to_dense_arrays, to_tensors
 from strategies import FedAvg, FedOpt, Robust
 from strategies.robust import Bulyan, Median
-from tests.conftest import Small
+from tests.conftest import Small, nine_clients
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedBN", "FedWon"])
@@ -41,6 +42,19 @@ def test_fedbn_called_as_any_flower_user_would(dataset):
     assert small.task.private
     assert not small.task.private & result.arrays.keys()
     assert result.arrays.keys() == small.federation.shared.keys()
+
+
+def test_what_is_private_has_no_part_in_how_sums_are_added(dataset, monkeypatch):
+    """The first order of a run that starts with the whole model holds it, the clients' sums do not."""
+    sections = {"algorithm": {"strategy": "fedbn"}, "training": {"dtype": "float64"}, "simulation": {"block": 1}}
+    shards = nine_clients(dataset)
+    small = Small(dataset, shards, **sections)
+    whole = {n: v for n, v in small.task.model.state_dict().items() if n not in small.task.frozen}
+    monkeypatch.setattr("fedsim.fold.LARGE", sum(v.nbytes for v in small.federation.shared.values()) + 1)
+    monkeypatch.setattr("fedsim.fold.FAN", 2)
+    assert (fan_of(small.federation.shared), fan_of(whole)) == (float("inf"), 2)
+    result = strategies.FedBN().start(SimulationGrid(small.federation), to_dense_arrays(whole), num_rounds=1)
+    assert state_sha256(to_tensors(result.arrays)) == state_sha256(Small(dataset, shards, **sections).run(1))
 
 
 @pytest.mark.parametrize("strategy", [FlowerFedAvg, FedMedian])

@@ -1,5 +1,6 @@
 """Folding: the mean's value, its invariance to the bit, and integer counters."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -250,8 +251,9 @@ def came_as_factors(small, name):
 
 
 def block_sums(count: int) -> list[Partial]:
+    """In float64, whose sums are rounded: of a few numbers in float32 they are exact, in any order."""
     tensors, weights = clients(3, count)
-    return [Partial.of(t, w) for t, w in zip(tensors, weights)]
+    return [Partial.of({"w": t["w"].double() / 3, "count": t["count"]}, w) for t, w in zip(tensors, weights)]
 
 
 def grown(tree: Tree, count: int) -> list[Partial]:
@@ -260,23 +262,31 @@ def grown(tree: Tree, count: int) -> list[Partial]:
     return tree.settled({})
 
 
+LIKE = {"w": torch.empty(4, 3, dtype=torch.float64), "count": torch.empty((), dtype=torch.int64)}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 80), st.integers(2, 8))
 def test_a_tree_has_the_same_bits_wherever_its_sums_are_added(count, fan):
     taken = []
     apart = Tree(fan, lambda: Apart(lambda sums: gather(None, [*sums]), lambda s: taken.append(s) or s))
-    like = clients(3, 1)[0][0]
-    here, there = mean(grown(Tree(fan), count), like), mean(grown(apart, count), like)
-    chain = mean(block_sums(count), like)
+    here, there = mean(grown(Tree(fan), count), LIKE), mean(grown(apart, count), LIKE)
+    chain = mean(block_sums(count), LIKE)
     for name, value in here.items():
         assert torch.equal(value, there[name])
-        torch.testing.assert_close(value, chain[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(value, chain[name], rtol=1e-12, atol=1e-14)
         if count <= fan:
             assert torch.equal(value, chain[name])
     levels, full = 1, fan  # whoever holds the tree gets a sum of each level
     while count > full:
         levels, full = levels + 1, fan * (full + 1)
     assert len(taken) <= levels
+
+
+def test_the_order_of_adding_shows_in_the_bits():
+    """Or the test before could not fail."""
+    means = [mean(grown(Tree(fan), 80), LIKE)["w"] for fan in (2, 3, 8, float("inf"))]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(means, 2))
 
 
 def test_the_sums_of_a_small_model_are_one_chain_and_those_of_a_large_one_a_tree():

@@ -5,8 +5,8 @@
 
 Every client is a block of its own and takes one step, so that as many sums as possible are to be added. Two workers,
 FedAvg, noise. The numbers a run ends with are the same either way; what differs is what is left to the driver, in
-processor time and in memory (its largest resident set), on as many cores as there are. The two ways take turns, each
-start in a process of its own. Prints a Markdown table.
+processor time and in memory (its largest resident set, with the pages of Ray's store that it looked at; the actors' own
+is not in it). The two ways take turns, each start in a process of its own. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -31,10 +32,23 @@ EACH, CLASSES = 32, 10  # examples of a client: one batch
 SHAPES = {"digits-cnn": (3, 28, 28), "mcmahan-cnn": (3, 32, 32)}
 WAYS = {"driver": False, "actors": True}
 
-Measured = tuple[list[float], list[float], float, str]  # s a round, driver's s a round, driver's MB, sha256 of the end
+
+@dataclass(frozen=True)
+class Start:
+    """What one start took.
+
+    Attributes:
+        seconds: of each round. own: the driver's processor time of each. memory: the driver's, MB.
+        ending: SHA-256 of the state it ended with.
+    """
+
+    seconds: list[float]
+    own: list[float]
+    memory: float
+    ending: str
 
 
-def measure(way: str, model: str, clients: int, rounds: int) -> Measured:
+def measure(way: str, model: str, clients: int, rounds: int) -> Start:
     draw, size = np.random.default_rng(0), clients * EACH
     inputs, labels = draw.integers(0, 256, (size, *SHAPES[model]), np.uint8), draw.integers(0, CLASSES, size)
     split = {"train": (inputs, labels), "test": (inputs[:EACH], labels[:EACH])}
@@ -63,7 +77,7 @@ def measure(way: str, model: str, clients: int, rounds: int) -> Measured:
         finally:
             federation.close()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return seconds[1:], own[1:], memory, state_sha256(state)
+    return Start(seconds[1:], own[1:], memory, state_sha256(state))
 
 
 def main() -> None:
@@ -76,17 +90,18 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=2, help="of each way, in turns (2)")
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
-    found: dict[str, list[Measured]] = {way: [] for way in WAYS}
+    found: dict[str, list[Start]] = {way: [] for way in WAYS}
     for _ in range(args.starts):
         for way, starts in found.items():
             with spawn.Pool(1) as pool:
                 starts.append(pool.apply(measure, (way, args.model, args.clients, args.rounds)))
-    assert len({ending for starts in found.values() for *_, ending in starts}) == 1, "the two ways end differently"
-    print("| sums added by | s a round | driver, s a round | driver, MB |")
+    assert len({start.ending for starts in found.values() for start in starts}) == 1, "the two ways end differently"
+    print("| sums added by | s a round | driver's processor time, s a round | driver, MB |")
     print("|---|---:|---:|---:|")
     for way, starts in found.items():
-        seconds, own = (median(value for start in starts for value in start[i]) for i in (0, 1))
-        print(f"| {way} | {seconds:.2f} | {own:.2f} | {max(start[2] for start in starts):.0f} |")
+        seconds = median(value for start in starts for value in start.seconds)
+        own = median(value for start in starts for value in start.own)
+        print(f"| {way} | {seconds:.2f} | {own:.2f} | {max(start.memory for start in starts):.0f} |")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from fedsim.deployment.federation import Patience, exchange
 from fedsim.deployment.link import Link
 from fedsim.deployment.wire import pack, unpack
 from fedsim.flower import order_content, read_order, read_reply, reply_content
-from fedsim.fold import Partial, mean, merge
+from fedsim.fold import Partial, mean
 from fedsim.guard import refuse
 from fedsim.processes import keep_memory
 from fedsim.types import Order, Reply, Tensors
@@ -68,7 +68,7 @@ def one_round(link: Link, members: dict, model: Tensors, round: int, checkpoints
         reply, *_ = read_reply(unpack(errand.answers[client].content), [order])
         assert refuse(reply.shared, model) is None, "an echo is a good update"
         partials.append(Partial.of(reply.shared, float(reply.examples)))
-    model = mean(merge(partials), model)
+    model = mean(partials, model)
     checkpoints.save(Snapshot(round, model, {}))
     return model
 
