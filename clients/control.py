@@ -29,8 +29,10 @@ class ControlVariates(Plugin):
     """
 
     def update(self, grads: Tensors, state: Tensors, params: Tensors, view: View) -> tuple[Tensors, Tensors]:
-        c = {n: view.order.extra.get(CONTROL + n) for n in grads}
-        out = {n: g if c[n] is None else g - kept(view, CONTROL, n, g) + c[n] for n, g in grads.items()}
+        out = dict(grads)
+        for name, g in grads.items():
+            if CONTROL + name in view.order.extra:
+                out[name] = g - kept(view, CONTROL, name, g) + view.order.extra[CONTROL + name]
         return out, state
 
     def finish(self, params: Tensors, state: Tensors, view: View) -> tuple[Tensors, Tensors]:

@@ -95,7 +95,7 @@ class Reestimated(Mode):
     rewrites = True
     smallest_batch = 2
     own_examples = True
-    splits = ("test",)
+    splits: tuple[str, ...] = ("test",)
 
     @contextmanager
     def open(self, model: nn.Module, target: Inputs, source: Inputs) -> Iterator[Predict]:
@@ -115,6 +115,13 @@ class AdaBN(Reestimated):
         yield model
 
 
+def _running(layer: BatchNorm) -> tuple[Tensor, Tensor]:
+    """(mean, variance) that the layer has learned; modes replace the forward of layers that have."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
 def reestimate(model: nn.Module, inputs: Inputs) -> None:
     """Overwrite the running statistics of every BatchNorm layer."""
     seen: dict[nn.Module, int] = {}
@@ -122,8 +129,7 @@ def reestimate(model: nn.Module, inputs: Inputs) -> None:
     def make(layer: BatchNorm) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             seen[layer] = seen.get(layer, 0) + 1
-            mean, var = batch_statistics(x, correction=1)
-            for running, now in ((layer.running_mean, mean), (layer.running_var, var)):
+            for running, now in zip(_running(layer), batch_statistics(x, correction=1)):
                 running.copy_(now if seen[layer] == 1 else running + (now - running) / seen[layer])
             return affine(layer, x, *batch_statistics(x, correction=0))
 
@@ -161,11 +167,9 @@ class AlphaBN(Mode):
     def open(self, model: nn.Module, target: Inputs, source: Inputs) -> Iterator[Predict]:
         def make(layer: BatchNorm) -> Callable[[Tensor], Tensor]:
             def forward(x: Tensor) -> Tensor:
-                mean, var = batch_statistics(x, correction=1)
-                mixed = [
-                    torch.lerp(s, b, self.alpha) for s, b in ((layer.running_mean, mean), (layer.running_var, var))
-                ]
-                return affine(layer, x, *mixed)
+                both = zip(_running(layer), batch_statistics(x, correction=1))
+                mean, var = (torch.lerp(source, batch, self.alpha) for source, batch in both)
+                return affine(layer, x, mean, var)
 
             return forward
 
@@ -197,12 +201,12 @@ class UnMixTNS(Mode):
         draw = torch_generator(self.seed, purpose="evaluate")
 
         def make(layer: BatchNorm) -> Callable[[Tensor], Tensor]:
-            mu, var = self.start(layer.running_mean, layer.running_var, draw)
+            mu, var = self.start(*_running(layer), draw)
             momentum = 0.1 if layer.momentum is None else layer.momentum
 
             def forward(x: Tensor) -> Tensor:
                 if x.dim() == 2:
-                    return affine(layer, x, layer.running_mean, layer.running_var)
+                    return affine(layer, x, *_running(layer))
                 nonlocal mu, var
                 v, m = torch.var_mean(x.flatten(2), 2, correction=0)  # [B, C]
                 alike = nn.functional.cosine_similarity(m[:, None], mu[None], dim=2)  # [B, K]
@@ -242,6 +246,10 @@ class Oracle(Mode):
         return [max(scores, key=lambda s: (s.correct, -s.client))] if scores else []
 
 
+def _register(name: str, mode: type[Mode]) -> None:
+    register_mode(name)(lambda config: mode())
+
+
 for _name, _mode in {
     "global": Global,
     "own": Own,
@@ -252,7 +260,7 @@ for _name, _mode in {
     "test-batch": TestBatch,
     "oracle": Oracle,
 }.items():
-    register_mode(_name)(lambda config, mode=_mode: mode())
+    _register(_name, _mode)
 
 
 @register_mode("alpha-bn")

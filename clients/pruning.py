@@ -30,7 +30,7 @@ class MaskedTraining(Plugin):
     frugal = True
 
     def start(self, params: Tensors, view: View) -> Tensors:
-        state = {}
+        state: Tensors = {}
         for name in view.order.masks:
             count = self._wanted(name, view)
             if count:

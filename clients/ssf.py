@@ -147,9 +147,9 @@ def merged(model: Adapted, weights: Tensor) -> nn.Module:
         if not isinstance(module, ScaleAndShift):
             return None
         layer, gamma, beta = module.layer, weights @ module.gamma, weights @ module.beta
-        weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
+        weight, shift = layer.get_parameter("weight"), getattr(layer, "bias", None)
         layer.weight = nn.Parameter(weight * gamma.reshape(-1, *(1,) * (weight.dim() - 1)))
-        layer.bias = nn.Parameter(beta if bias is None else bias * gamma + beta)
+        layer.bias = nn.Parameter(beta if shift is None else shift * gamma + beta)
         return layer
 
     return replace_modules(copy.deepcopy(model.backbone), absorb)

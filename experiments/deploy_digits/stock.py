@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -95,7 +96,12 @@ def stock_rounds(size: int, rounds: int, clients: int) -> list[float]:
         environment = {**os.environ, **{f"FLWR_{k}": v for k, v in switches.items()}}
         environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        quiet = {"env": environment, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet: dict[str, Any] = {
+            "env": environment,
+            "cwd": folder,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
         files = [f"--ssl-{k}={folder / v}" for k, v in (("certfile", "server.crt"), ("keyfile", "server.key"))]
         files += [f"--ssl-ca-certfile={folder / 'ca.crt'}", "--enable-supernode-auth", "--host=127.0.0.1"]
         started = [

@@ -50,8 +50,8 @@ def run(workload: Workload, rounds: int, processes: int = 1, threads: int = 1) -
     torch.set_num_threads(threads)
     x, y = load(workload)
     network = build_model(workload)
-    network.loss = types.MethodType(lambda self, inputs, labels: F.cross_entropy(self(inputs), labels), network)
-    network.metrics = types.MethodType(lambda self, inputs, labels: {}, network)
+    objective = types.MethodType(lambda self, inputs, labels: F.cross_entropy(self(inputs), labels), network)
+    vars(network).update(loss=objective, metrics=types.MethodType(lambda self, inputs, labels: {}, network))
     rank = int(os.environ.get("PFL_WORKER_RANK", "0"))
     sequence = users(workload, rounds, processes, rank)
 
