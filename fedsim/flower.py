@@ -287,10 +287,9 @@ def collect(
     collected = []
     for replies, partials_of, order in zip(singles, partials, orders):
         ordered = [partial for _, partial in sorted(partials_of.items())]
-        # Of what is in them: the order of a run that was started with the whole model has more.
-        sums = Tree(
-            fan_of({n: order.returned[n] for p in ordered[:1] for n in p.tensors.keys() & order.returned.keys()})
-        )
+        # The first order of a run that was started with the whole model has more than is in the sums.
+        held = ordered[0].tensors.keys() if ordered else ()
+        sums = Tree(fan_of({n: v for n, v in order.returned.items() if n in held}))
         for partial in ordered:
             sums.append(partial)
         by_client = sorted(replies.values(), key=lambda r: r.client)

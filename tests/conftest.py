@@ -131,3 +131,9 @@ class Small:
                 replies = self.federation.train(order, self.federation.sample(round))
                 state = self.strategy.aggregate(round, state, order, replies)
         return state
+
+
+def nine(dataset: Dataset, model: str = "small-cnn", block: int = 1, **options) -> Small:
+    """In float64, whose sums are rounded: of a few numbers in float32 they are exact, in any order."""
+    sections = {"model": {"name": model}, "training": {"dtype": "float64"}, "simulation": {"block": block}}
+    return Small(dataset, nine_clients(dataset), **sections, **options)

@@ -15,7 +15,7 @@ from fedsim.types import Order
 from fedsim.wire import to_tensors
 from fedsim.worker import Worker
 from strategies import FedAvg
-from tests.conftest import Small, nine_clients
+from tests.conftest import Small, nine
 
 PUBLIC = {"federation": {"public-per-class": 1}}  # for methods that score weights on the server
 STRATEGIES = [name for name in presets() if name != "centralised"]
@@ -150,15 +150,13 @@ def test_the_order_of_arrival_changes_no_bit(dataset, executor):
 
 
 def test_a_large_models_sums_are_a_trees_whatever_their_order_of_arrival_and_on_flowers_loop(dataset, monkeypatch):
-    # In float64, whose sums are rounded: of numbers in float32 they are all but exact.
-    shards, sections = nine_clients(dataset), {"simulation": {"block": 1}, "training": {"dtype": "float64"}}
-    chain = state_sha256(Small(dataset, shards, **sections).run(2))
+    chain = state_sha256(nine(dataset).run(2))
     monkeypatch.setattr("fedsim.fold.LARGE", 0)
     monkeypatch.setattr("fedsim.fold.FAN", 2)
-    expected = state_sha256(Small(dataset, shards, **sections).run(2))
+    expected = state_sha256(nine(dataset).run(2))
     assert expected != chain, "nine sums are added two at a time"
-    assert state_sha256(Small(dataset, shards, pool=Backwards, **sections).run(2)) == expected
-    small = Small(dataset, shards, **sections)
+    assert state_sha256(nine(dataset, pool=Backwards).run(2)) == expected
+    small = nine(dataset)
     grid = SimulationGrid(small.federation)
     result = FedAvg().start(grid, grid.initial_arrays(), num_rounds=2)
     assert state_sha256(to_tensors(result.arrays)) == expected

@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 from fedsim.checkpoint import state_sha256
 from fedsim.errors import ConfigError
 from fedsim.ray_pool import RayPool
-from tests.conftest import Small, nine_clients
+from tests.conftest import Small, nine
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +38,8 @@ def test_the_sums_of_a_large_model_are_added_on_two_nodes_with_the_same_bits(dat
     monkeypatch.setattr("fedsim.ray_pool.MANY", 4)
     monkeypatch.setattr("fedsim.fold.LARGE", 0)
     monkeypatch.setattr("fedsim.fold.FAN", 2)
-    sections = {"simulation": {"block": 1}, "training": {"dtype": "float64"}}
-    expected = state_sha256(Small(dataset, nine_clients(dataset), **sections).run(2))
-    pool = lambda spec: RayPool(spec, 4, address=two_nodes)  # noqa: E731
-    small = Small(dataset, nine_clients(dataset), pool=pool, **sections)
+    expected = state_sha256(nine(dataset).run(2))
+    small = nine(dataset, pool=lambda spec: RayPool(spec, 4, address=two_nodes))
     assert state_sha256(small.run(2)) == expected
     assert small.federation.pool.adders.keys() <= {(node, 0) for node, _ in small.federation.pool.processes}
     small.federation.close()

@@ -5,6 +5,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fedsim.plugin import Plugin
 from fedsim.pool import InProcess, Pool, WorkerLost
 from fedsim.run import run
 from fedsim.types import Order
-from tests.conftest import Small, nine_clients, shards_of
+from tests.conftest import Small, nine, shards_of
 from tests.faults.place import CONFIG, write_tree
 
 
@@ -275,12 +276,6 @@ def large(monkeypatch):
     monkeypatch.setattr("fedsim.fold.FAN", 2)
 
 
-def nine(dataset, model="small-cnn", block=1, **options) -> Small:
-    """In float64, whose sums are rounded: of a few numbers in float32 they are exact, in any order."""
-    sections = {"model": {"name": model}, "training": {"dtype": "float64"}, "simulation": {"block": block}}
-    return Small(dataset, nine_clients(dataset), **sections, **options)
-
-
 # The wide layers of the second are sums of updates, and the orders' tensors are added to those in the end.
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -322,14 +317,16 @@ def test_a_large_models_sums_are_added_apart_with_the_same_bits_though_workers_a
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fail", [partial(os._exit, 1), partial(time.sleep, 1000)], ids=["dies", "hangs"])
 def test_sums_that_are_lost_are_made_again_and_a_block_that_kills_every_worker_is_left_out(
-    dataset, ray_session, monkeypatch, large
+    dataset, ray_session, monkeypatch, large, fail
 ):
-    class Killed:
+    class Failing:
         def add(self, *sums):
-            os._exit(1)
+            fail()
 
-    monkeypatch.setattr("fedsim.ray_pool._Adder", Killed)
+    monkeypatch.setattr("fedsim.ray_pool._Adder", Failing)
+    monkeypatch.setattr("fedsim.ray_pool.PATIENCE", 15.0)
     expected, small = nine(dataset, pool=LosesLast), nine(dataset)
     with_plugin(small, KillsLast())
     pool_for(small, retries=1)
