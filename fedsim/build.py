@@ -91,6 +91,7 @@ def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[i
 
 
 STEP_FLOPS = 10_000_000  # of a batch's forward pass: beyond, a step is work and not overhead
+PAIR_FLOPS = 1_000_000_000  # of the same: from there on two threads are worth their waiting for each other
 TENSOR_SIZE = 20_000  # parameters of a tensor, in the mean: beyond, stacking them is memory traffic and nothing else
 
 
@@ -111,6 +112,16 @@ def choose_executor(task: ClientTask, flops: int, batch_size: int, device: str) 
     if sum(sizes) > TENSOR_SIZE * len(sizes):
         return "loop"
     return "vmap" if flops * batch_size <= STEP_FLOPS else "loop"
+
+
+def choose_odd_block_threads(executor: str, flops: int, batch_size: int, device: str) -> int:
+    """Threads for the last of an odd number of blocks, if none are asked for: two where a step is long enough that they
+    pay on an idle machine and cost little on a busy one, by the second table of ``experiments/bench/README.md``.
+
+    Args:
+        flops: of one example's forward pass.
+    """
+    return 2 if executor == "loop" and device == "cpu" and flops * batch_size >= PAIR_FLOPS else 1
 
 
 def _flops_of(task: ClientTask, example: torch.Tensor, config: Config) -> dict[str, int]:
@@ -185,7 +196,11 @@ def plan(config: Config, data: Data | None = None) -> Plan:
         raise ConfigError(f"simulation.compile = true: {reason}")
     model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())
     block = config.simulation.block or block_size(executor, cohort, model_bytes)
-    simulation = config.simulation.model_copy(update={"executor": executor, "block": block})
+    odd = config.simulation.odd_block_threads or choose_odd_block_threads(
+        executor, flops[""], config.training.batch_size, device
+    )
+    resolved = {"executor": executor, "block": block, "odd_block_threads": odd}
+    simulation = config.simulation.model_copy(update=resolved)
     config = config.model_copy(update={"simulation": simulation})
     strategy = server_of(parts, task, config)
     strategy.public = examples.batch("train", public)

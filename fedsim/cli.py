@@ -13,6 +13,7 @@ import typer
 
 from fedsim import interrupts
 from fedsim.errors import FedsimError
+from fedsim.processes import spin_briefly
 
 app = typer.Typer(
     name="fedsim",
@@ -190,6 +191,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     started = time.time()
     interrupts.asked.clear()
+    spin_briefly()
     try:
         _mount()
         try:

@@ -19,7 +19,7 @@ Scalar = bool | int | float | str
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Threads = Annotated[int, Field(ge=1, le=1024)]
+MOST_THREADS = 1024
 
 
 def kebab(name: str) -> str:
@@ -101,9 +101,11 @@ class SimulationSection(Section):
     executor: Literal["auto", "loop", "vmap"] = "auto"
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     block: Annotated[int, Field(ge=0)] = Field(0, description="clients a block; 0: by rule on cohort and model")
-    threads: Threads = Field(1, description="torch's threads of a worker; sums over them have other bits")
-    odd_block_threads: Threads = Field(
-        1, description="threads for the last of an odd number of blocks, beside which a worker is idle"
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] = Field(
+        1, description="torch's threads of a worker; sums over them have other bits"
+    )
+    odd_block_threads: Annotated[int, Field(ge=0, le=MOST_THREADS)] = Field(
+        0, description="threads for the last of an odd number of blocks, beside which a worker is idle; 0: by rule"
     )
     compile: bool = Field(False, description="vmap: steps through torch's compiler, for runs longer than its minute")
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0

@@ -52,6 +52,12 @@ def cut(clients: Sequence[int], block: int) -> list[list[int]]:
     return [list(clients[a:b]) for a, b in itertools.pairwise(edges)]
 
 
+def threads_of(blocks: Sequence[Sequence[int]], odd_block_threads: int) -> list[int]:
+    """Torch's threads for each block, if they are more than a worker's own: an even number of workers trains blocks in
+    pairs, and one of them is idle beside the last of an odd number."""
+    return [1] * (len(blocks) - 1) + [odd_block_threads if len(blocks) % 2 else 1]
+
+
 class Federation:
     """Clients' data and private state, and the pool that trains them.
 
@@ -190,7 +196,8 @@ class Federation:
             apart: the blocks' sums are for the pool's groups.
         """
         self.store.discard()
-        calls = _Calls(cut(sorted(clients), self.block), self.packed, self.odd_block_threads)
+        blocks = cut(sorted(clients), self.block)
+        calls = _Calls(blocks, self.packed, threads_of(blocks, self.odd_block_threads))
         self.failures, self.dropped = [], 0
         narrowed: list[Narrowed] = []
         early: dict[int, BlockResult] = {}
@@ -325,11 +332,8 @@ class _Calls(Sequence[tuple[list[int], States, int]]):
     """The arguments of every block's training. States are read when a pool asks for a block's, so that those of a few
     blocks are in memory at a time and reading them hides behind training."""
 
-    def __init__(self, blocks: list[list[int]], state: Callable[[int], Packed], odd_block_threads: int):
-        self.blocks, self.state = blocks, state
-        self.threads = [1] * len(blocks)
-        if len(blocks) % 2:
-            self.threads[-1] = odd_block_threads
+    def __init__(self, blocks: list[list[int]], state: Callable[[int], Packed], threads: list[int]):
+        self.blocks, self.state, self.threads = blocks, state, threads
 
     def __len__(self) -> int:
         return len(self.blocks)

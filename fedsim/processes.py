@@ -1,6 +1,7 @@
 """Environment of the processes that train, and memory of those that send models."""
 
 import ctypes
+import os
 
 # glibc gives large blocks back to the kernel after every batch; keeping them saves a quarter of a CNN's CPU time.
 # One thread each: two one-thread workers are faster than two threads in one, and the bits depend on the threads.
@@ -10,6 +11,19 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_NUM_THREADS": "1",
 }
+
+SPINS = 5000  # looks at a flag, some 0.1 ms
+
+
+def spin_briefly() -> None:
+    """Let threads that wait for each other in torch, which is yet to be imported here or in children of this process,
+    fall asleep soon, unless the environment says otherwise.
+
+    GNU's OpenMP looks for some milliseconds whether the others are there. On a busy machine they are not, since whoever
+    waits holds the core that they need: a step of two threads then takes up to thirty times one thread's.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 def keep_memory() -> None:

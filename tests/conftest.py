@@ -119,7 +119,7 @@ class Small:
             ClientStore(),
             cohort=len(self.shards),
             block=size,
-            odd_block_threads=self.config.simulation.odd_block_threads,
+            odd_block_threads=self.config.simulation.odd_block_threads or 1,
         )
 
     def run(self, rounds: int = 3):

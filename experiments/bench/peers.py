@@ -61,7 +61,7 @@ CONTENDERS = {
     "fedsim-loop": Contender("fedsim_.py", ("--executor", "loop"), private=True),
     "fedsim-vmap": Contender("fedsim_.py", ("--executor", "vmap"), private=True),
     "fedsim-compiled": Contender("fedsim_.py", ("--workers", "0", "--compile"), models=("logistic",)),
-    "fedsim-odd2": Contender("fedsim_.py", ("--odd-block-threads", "2"), private=True),
+    "fedsim-odd1": Contender("fedsim_.py", ("--odd-block-threads", "1"), private=True),
     "fedsim-bf16": Contender("fedsim_.py", ("--precision", "bf16"), models=CNNS, private=True, exact=False),
     "plain-1": Contender("plain.py", ("--threads", "1"), private=True),
     "plain-2": Contender("plain.py", ("--threads", "2"), private=True),

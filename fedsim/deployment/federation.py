@@ -8,7 +8,7 @@ the order is over gets it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 from typing import Any
@@ -21,7 +21,7 @@ from fedsim.deployment.jobs import JOB, LOCAL, Job, end_of, sequence
 from fedsim.deployment.link import Incomplete, Link
 from fedsim.deployment.members import Member
 from fedsim.deployment.wire import pack, unpack
-from fedsim.engine import Federation, cut
+from fedsim.engine import Federation, cut, threads_of
 from fedsim.errors import FedsimError
 from fedsim.flower import METRICS, order_content, read_reply
 from fedsim.fold import Partial, Tree, fan_of
@@ -176,6 +176,7 @@ class RemoteFederation(Federation):
             ClientStore(),
             cohort=planned.cohort,
             block=planned.config.simulation.block,
+            odd_block_threads=planned.config.simulation.odd_block_threads,
             policy=policy_of(planned.config),
             needs=planned.strategy.needs,
         )
@@ -188,14 +189,15 @@ class RemoteFederation(Federation):
         shards = self.spec.shards
         return [shards.domains[shards.domain[client]]]
 
-    def _exchange(self, content: RecordDict, kind: str, clients: Sequence[int], job: Job) -> Errand:
+    def _exchange(self, content: RecordDict, kind: str, jobs: Mapping[int, Job]) -> Errand:
+        """Args: jobs: of each client that is asked."""
         packed = pack(content)
 
         def addressed(client: int) -> RecordDict:
-            return RecordDict({**packed, JOB: replace(job, client=client).record()})
+            return RecordDict({**packed, JOB: replace(jobs[client], client=client).record()})
 
         with fleet.no_object_id_recompute():  # the tensors are the same for all: hashed once, not for every client
-            return exchange(self.link, {c: self.members[c] for c in clients}, addressed, kind, self.patience)
+            return exchange(self.link, {c: self.members[c] for c in jobs}, addressed, kind, self.patience)
 
     def train(self, order: Order, clients: Sequence[int]) -> Replies:
         clients = sorted(clients)
@@ -203,7 +205,10 @@ class RemoteFederation(Federation):
         self.round = order.round
         self.before = {c: (self.members[c].sent, self.members[c].received) for c in clients}
         job = replace(self.job, sequence=sequence(order.round, self.order), oldest=self.oldest())
-        errand = self._exchange(order_content(order, self.order), "train", clients, job)
+        blocks = cut(clients, self.block)
+        threads = zip(blocks, threads_of(blocks, self.odd_block_threads))
+        jobs = {client: replace(job, threads=count) for block, count in threads for client in block}
+        errand = self._exchange(order_content(order, self.order), "train", jobs)
         self.failures, self.dropped, self.retried = [], 0, errand.repeated
         believed: dict[int, Reply] = {}
         for client in clients:
@@ -306,7 +311,7 @@ class RemoteFederation(Federation):
         round = max(self.round, 1)
         job = replace(self.job, sequence=end_of(round), oldest=self.oldest(), split=split, mode=mode)
         content = order_content(Order(round, shared, task="evaluate"))
-        errand = self._exchange(content, "evaluate", clients, job)
+        errand = self._exchange(content, "evaluate", dict.fromkeys(clients, job))
         scores = []
         for client in clients:
             reason = errand.failed.get(client)

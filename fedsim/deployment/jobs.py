@@ -8,6 +8,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
+from fedsim.config import MOST_THREADS
+
 JOB, ABOUT, SIZES, LOCAL = "job", "about", "sizes", "local"
 HELLO, PLACE, DONE = "query.hello", "query.place", "query.done"
 PER_ROUND = 1000  # sequence numbers of a round: its orders, and at the end its evaluation
@@ -32,6 +34,7 @@ class Job:
         client: the client's number, -1 before it has one.
         sequence: of the order; the client forgets what it kept at this one or later.
         oldest: round of the oldest checkpoint; what was before can never be asked for again.
+        threads: torch's, for this client's training.
         split, mode: of an evaluation; no mode: the ordinary one.
     """
 
@@ -40,6 +43,7 @@ class Job:
     client: int = -1
     sequence: int = 0
     oldest: int = 0
+    threads: int = 1
     split: str = "test"
     mode: str = ""
 
@@ -57,8 +61,10 @@ def read_job(content: RecordDict) -> Job:
     job = Job(**values)
     if not re.fullmatch(r"[0-9a-f]{16}", job.run):
         raise ValueError("the run's name is not 16 hexadecimal digits")
-    if not all(type(v) is int for v in (job.client, job.sequence, job.oldest)):
-        raise ValueError("client, sequence and oldest must be whole numbers")
+    if not all(type(v) is int for v in (job.client, job.sequence, job.oldest, job.threads)):
+        raise ValueError("client, sequence, oldest and threads must be whole numbers")
+    if not 1 <= job.threads <= MOST_THREADS:
+        raise ValueError(f"{job.threads} threads, expected 1 to {MOST_THREADS}")
     if job.split not in ("test", "validation"):
         raise ValueError(f"split '{job.split}', expected test or validation")
     return job

@@ -185,7 +185,7 @@ class Site:
         # Always from the state before this order, so that one sent again gives the same bits.
         store.rewind(job.sequence - 1)
         state = store.get(job.client) or self.untrained
-        result = self.worker.train(replace(order, fold=False), [job.client], [state])
+        result = self.worker.train(replace(order, fold=False), [job.client], [state], job.threads)
         if result.failures:
             raise Refused(result.failures[0].reason)
         for client, after in result.states.items():

@@ -109,6 +109,8 @@ if __name__ == "__main__":
     parser.add_argument("--precision", default="full", choices=("full", "bf16"), help="(default: full)")
     parser.add_argument("--compile", action="store_true", help="vmap's steps through torch's compiler")
     parser.add_argument("--threads", type=int, default=1, help="of a worker (default: 1)")
-    parser.add_argument("--odd-block-threads", type=int, default=1, help="for the last of an odd number of blocks")
+    parser.add_argument(
+        "--odd-block-threads", type=int, default=0, help="of the last of an odd number of blocks; 0: fedsim's own rule"
+    )
     chosen = vars(parser.parse_args())
     print(run(workload(chosen.pop("workload")), **chosen).line())
