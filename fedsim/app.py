@@ -18,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedsim.build import Plan, plan
 from fedsim.checkpoint import state_sha256
 from fedsim.config import Algorithm, Config, kebab, parse_config
+from fedsim.engine import cut, threads_of
 from fedsim.errors import ConfigError
 from fedsim.flower import METRICS, log, read_order, reply_content
 from fedsim.packing import Packed
@@ -98,12 +99,22 @@ def _state(context: Context, planned: Plan) -> ClientState:
     return ClientState(to_tensors(records[PRIVATE]), to_tensors(records[MEMORY]))
 
 
+def _threads(planned: Plan, client: int) -> int:
+    """Of torch for a client's training, as in a simulation; of a sample of clients a node does not know the others."""
+    simulation, clients = planned.config.simulation, range(len(planned.shards))
+    if planned.cohort < len(clients):
+        return 1
+    blocks = cut(clients, simulation.block)
+    return threads_of(blocks, simulation.odd_block_threads)[-1] if client in blocks[-1] else 1
+
+
 @client.train()
 def train(message: Message, context: Context) -> Message:
     planned, worker = _worker(_key(context))
     number = _client_number(context, planned)
     order = read_order(message.content)
-    result = worker.train(replace(order, fold=False), [number], [Packed.of(_state(context, planned))])
+    state = Packed.of(_state(context, planned))
+    result = worker.train(replace(order, fold=False), [number], [state], _threads(planned, number))
     if result.failures:
         return Message(Error(CLIENT_FAILED, result.failures[0].reason), reply_to=message)
     for packed in result.states.values():

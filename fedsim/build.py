@@ -66,6 +66,7 @@ class Plan:
             config.rounds,
             evaluation_batch=config.evaluation.batch_size,
             modes=self.modes,
+            threads=config.simulation.threads,
         )
 
 
@@ -263,7 +264,6 @@ def federation_of(plan: Plan, store: ClientStore, *, debug: bool = False) -> Fed
         debug=debug,
         max_update_norm=config.guard.max_update_norm,
         time_limit=config.simulation.time_limit,
-        threads=config.simulation.threads,
     )
     validation = None if plan.validation is None else [plan.validation[c] for c in range(len(plan.validation))]
     return Federation(

@@ -1,9 +1,9 @@
-"""The executor of ``auto``: a function of model, batch and device, on both sides of its bounds."""
+"""What is chosen by rule: functions of model, batch and device, on both sides of their bounds."""
 
 import pytest
 import torch
 
-from fedsim.build import choose_executor, plan
+from fedsim.build import choose_executor, choose_odd_block_threads, plan
 from fedsim.flops import forward_flops
 from fedsim.local import ClientTask
 from fedsim.models import build_model
@@ -42,3 +42,22 @@ def test_the_choice_is_written_into_the_configuration(dataset, batch, expected):
     config = small_config(training={"batch-size": batch}, model={"name": "small-cnn", "norm": "bn"})
     config = config.model_copy(update={"simulation": config.simulation.model_copy(update={"executor": "auto"})})
     assert plan(config, (dataset, shards_of(dataset), None)).config.simulation.executor == expected
+
+
+@pytest.mark.parametrize(
+    ("executor", "batch", "device", "expected"),
+    [("loop", 32, "cpu", 2), ("loop", 8, "cpu", 1), ("vmap", 32, "cpu", 1), ("loop", 32, "cuda", 1)],
+)
+def test_an_odd_block_has_two_threads_where_a_step_is_long(executor, batch, device, expected):
+    flops = forward_flops(task("digits-cnn", (3, 28, 28), 10, "bn").model, torch.zeros(3, 28, 28))[""]  # 96 MFLOP
+    assert choose_odd_block_threads(executor, flops, batch, device) == expected
+
+
+@pytest.mark.parametrize(("batch", "asked", "expected"), [(8, 0, 1), (1000, 0, 2), (1000, 1, 1), (8, 3, 3)])
+def test_the_threads_are_written_into_the_configuration(dataset, batch, asked, expected):
+    config = small_config(
+        training={"batch-size": batch},
+        model={"name": "small-cnn", "norm": "bn"},
+        simulation={"executor": "loop", "odd-block-threads": asked},
+    )
+    assert plan(config, (dataset, shards_of(dataset), None)).config.simulation.odd_block_threads == expected

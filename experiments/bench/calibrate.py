@@ -1,30 +1,46 @@
-"""Both executors on models of several sizes, in this process: the table from which ``auto``'s rule is taken.
+"""Both executors, or one thread and two, on models of several sizes in this process: what the rules are taken from.
 
-    python experiments/bench/calibrate.py [--only WORDS] [--seconds 3]
+    python experiments/bench/calibrate.py [--only WORDS] [--seconds 3]     # executors
+    python experiments/bench/calibrate.py --threads [--only WORDS]         # threads of a client's training by the loop
 
-A figure is the processor time of this thread for a client's local step, the least of several rounds taken in turns, so
-that it says little of what else the machine does. The rule itself (``fedsim.build.choose_executor``) looks at the model
-and the device alone.
+A figure of the first is the processor time of this thread for a client's local step, the least of several rounds taken
+in turns, so that it says little of what else the machine does. Of the second it is time on the clock, a median, on the
+machine as it is and beside two processes that keep two cores busy. The rules themselves (``choose_executor`` and
+``choose_odd_block_threads`` of ``fedsim.build``) look at the model, the batch and the device alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from any folder
+    root = str(Path(__file__).resolve().parents[2])  # run as a script, from any folder
+    sys.path.insert(0, root)
+    from fedsim.processes import ALLOCATOR, spin_briefly
 
-from fedsim.build import choose_executor, federation_of, plan
+    if not ALLOCATOR.items() <= os.environ.items():  # glibc reads them as it starts
+        spin_briefly()
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR, "PYTHONPATH": root})
+
+import torch
+
+from fedsim.build import Plan, choose_executor, choose_odd_block_threads, federation_of, plan
 from fedsim.config import parse_config
 from fedsim.data import Dataset, Partition
+from fedsim.engine import Federation
 from fedsim.store import ClientStore
 
 WORKERS = 2  # that the loop keeps busy, while a round of vmap may be one block
@@ -67,6 +83,19 @@ CASES = [
     Case("char-lstm", (20,), 10, 10, classes=90),
     Case("vit-tiny-32", (3, 32, 32), 8, 4, steps=1),
 ]
+THREADS = [
+    Case("small-cnn", (3, 28, 28), 32, 1, 4, norm="bn"),
+    Case("lenet", (3, 28, 28), 32, 1, 4),
+    Case("char-lstm", (20,), 10, 1, 4, classes=90),
+    Case("mcmahan-cnn", (3, 32, 32), 10, 1, 4),
+    Case("vit-tiny-32", (3, 32, 32), 8, 1, 4),
+    Case("digits-cnn", (3, 28, 28), 8, 1, 4, norm="bn"),
+    Case("mcmahan-cnn", (3, 32, 32), 32, 1, 4),
+    Case("vit-tiny-32", (3, 32, 32), 32, 1, 4),
+    Case("digits-cnn", (3, 28, 28), 32, 1, 4, norm="bn"),
+]
+BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(512, 512)\nwhile True: a @ a"
+ROUNDS = 9  # of each number of threads, in turns
 
 
 def dataset(case: Case, folder: Path) -> Dataset:
@@ -85,31 +114,38 @@ def dataset(case: Case, folder: Path) -> Dataset:
     return Dataset.from_arrays("noise", folder, arrays, tuple(map(str, range(case.classes))))
 
 
-def measure(case: Case, seconds: float) -> tuple[int, str, dict[str, float]]:
-    """(parameters, ``auto``'s choice, executor -> milliseconds of a client's step)."""
+@contextlib.contextmanager
+def made(case: Case, simulations: dict[Any, dict[str, Any]]) -> Iterator[tuple[Plan, dict[Any, Federation]]]:
+    """(the last one's plan, name -> federation) of the case, with ``simulations`` of it by name."""
     with tempfile.TemporaryDirectory() as folder:
         data = dataset(case, Path(folder))
         each = case.batch * case.steps
         indices, offsets = np.tile(np.arange(each), case.clients), np.arange(case.clients + 1) * each
         shards = Partition(indices, offsets, np.zeros(case.clients, np.int16), data.domains)
-        rounds = {}
-        for executor in ("loop", "vmap"):
+        federations = {}
+        for name, simulation in simulations.items():
             config = parse_config(
                 {
                     "model": {"name": case.model, "norm": case.norm},
                     "training": {"batch-size": case.batch, "lr": 0.01},
-                    "simulation": {"executor": executor, "workers": 0},
+                    "simulation": {"workers": 0, **simulation},
                 }
             )
             planned = plan(config, (data, shards, None))
-            rounds[executor] = federation_of(planned, ClientStore(), debug=True), planned.strategy
-        task = planned.task
+            federations[name] = federation_of(planned, ClientStore(), debug=True)
+        yield planned, federations
+
+
+def measure(case: Case, seconds: float) -> tuple[int, str, dict[str, float]]:
+    """(parameters, ``auto``'s choice, executor -> milliseconds of a client's step)."""
+    with made(case, {executor: {"executor": executor} for executor in ("loop", "vmap")}) as (planned, rounds):
+        task, strategy = planned.task, planned.strategy
         size = sum(p.numel() for p in task.model.parameters())
         chosen = choose_executor(task, planned.flops[""], case.batch, "cpu")
         best = dict.fromkeys(rounds, float("inf"))
         end, turns = time.monotonic() + seconds, 0
         while turns < 3 or time.monotonic() < end:
-            for executor, (federation, strategy) in rounds.items():
+            for executor, federation in rounds.items():
                 order = strategy.orders(1, strategy.init(federation.shared))[0]
                 start = time.thread_time()
                 federation.train(order, range(case.clients))
@@ -119,12 +155,56 @@ def measure(case: Case, seconds: float) -> tuple[int, str, dict[str, float]]:
         return size, chosen, {e: 1000 * t / case.clients / case.steps for e, t in best.items()}
 
 
+def measure_threads(case: Case) -> tuple[int, dict[int, float]]:
+    """(FLOPs of one example's forward pass, threads -> milliseconds of a client's step)."""
+    numbers = {count: {"executor": "loop", "threads": count} for count in (1, 2)}
+    with made(case, numbers) as (planned, federations):
+        taken: dict[int, list[float]] = {count: [] for count in numbers}
+        for _ in range(ROUNDS):
+            for count, federation in federations.items():
+                order = planned.strategy.orders(1, planned.strategy.init(federation.shared))[0]
+                start = time.perf_counter()
+                federation.train(order, range(case.clients))
+                taken[count].append(time.perf_counter() - start)
+        return planned.flops[""], {n: 1000 * statistics.median(t[1:]) / case.steps for n, t in taken.items()}
+
+
+@contextlib.contextmanager
+def busy(cores: int) -> Iterator[None]:
+    """A machine with so many cores less than it seems to have."""
+    others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores)]
+    try:
+        time.sleep(5)  # until they have torch
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def tell_threads(cases: list[Case]) -> None:
+    found = [measure_threads(case) for case in cases]
+    with busy(2):
+        beside = [measure_threads(case)[1] for case in cases]
+    print("| model | batch | forward, MFLOP | one thread, ms a step | two | two / one | on busy cores | rule |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for case, (flops, ms), slow in zip(cases, found, beside):
+        chosen = choose_odd_block_threads("loop", flops, case.batch, "cpu")
+        row = [case, case.batch, f"{flops * case.batch / 1e6:.0f}", f"{ms[1]:.3g}", f"{ms[2]:.3g}"]
+        ratios = [f"{ms[2] / ms[1]:.2f}", f"{slow[2] / slow[1]:.2f}", chosen]
+        print("| " + " | ".join(map(str, row + ratios)) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name begins with this")
+    parser.add_argument("--threads", action="store_true", help="one thread and two, in place of the executors")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measurement a case")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.threads:
+        tell_threads([case for case in THREADS if str(case).startswith(asked.only)])
+        return
     print("| model | parameters | batch | clients | loop, ms a step | vmap, ms a step | loop / vmap | auto |")
     print("|---|---:|---:|---:|---:|---:|---:|---|")
     for case in CASES:

@@ -34,7 +34,7 @@ class Job:
         client: the client's number, -1 before it has one.
         sequence: of the order; the client forgets what it kept at this one or later.
         oldest: round of the oldest checkpoint; what was before can never be asked for again.
-        threads: torch's, for this client's training.
+        threads: of torch for this client's training, if they are more than the configuration gives every client.
         split, mode: of an evaluation; no mode: the ordinary one.
     """
 

@@ -46,7 +46,7 @@ def deployed(config: Config) -> Config:
         raise ConfigError("federation.domains: name the domains of the real clients, separated by commas")
     if federation.across or federation.partition == "pooled":
         raise ConfigError("federation: clients that mix domains cannot be deployed; every real client has one domain")
-    alone = {"executor": "loop", "workers": 0, "gpus_per_worker": 0.0, "threads": 1}
+    alone = {"executor": "loop", "workers": 0, "gpus_per_worker": 0.0}
     simulation = config.simulation.model_copy(update=alone)
     checkpoint = config.checkpoint.model_copy(update={"every": 1})
     config, _ = resolve(config.model_copy(update={"simulation": simulation, "checkpoint": checkpoint}))

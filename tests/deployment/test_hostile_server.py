@@ -107,6 +107,8 @@ def senseless(tyrant: Tyrant) -> dict[str, tuple[RecordDict, str, str]]:
         "no such kind": (content(Order(2, model)), "train.shell", "no such order"),
         "a configuration that is none": (content(Order(2, model), config="rounds = ["), "train", "not TOML"),
         "a run outside the folder": (content(Order(2, model), run="../../etc/passwd"), "train", "16 hexadecimal"),
+        "a million threads": (content(Order(2, model), threads=10**6), "train", "1000000 threads, expected 1 to 1024"),
+        "no whole number of threads": (content(Order(2, model), threads=1.5), "train", "whole numbers"),
         "another domain's number": (content(Order(2, model), client=1), "train", "not of domain"),
     }
 

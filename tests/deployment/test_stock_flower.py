@@ -26,7 +26,7 @@ SETTINGS = {
     "federation": {"domains": ",".join(DOMAINS), "examples-per-client": 128},
     "algorithm": {"strategy": "fedbn"},
     "training": {"lr": 0.1},
-    "simulation": {"executor": "loop", "workers": 0},
+    "simulation": {"executor": "loop", "workers": 0, "block": 2, "odd-block-threads": 2},
 }
 
 
