@@ -25,6 +25,7 @@ from fedsim.models.weights import load_weights
 from fedsim.optim import SGD, Adam, Optimizer
 from fedsim.pool import InProcess, Pool
 from fedsim.pretrain import pretrain
+from fedsim.processes import keep_memory
 from fedsim.random import torch_generator
 from fedsim.registry import Part, plugins_of, resolve, server_of
 from fedsim.store import ClientStore
@@ -241,6 +242,7 @@ def policy_of(config: Config) -> Policy:
 def pool_of(spec: WorkerSpec, config: Config) -> Pool:
     simulation = config.simulation
     if not simulation.workers:
+        keep_memory()  # as every worker does for itself
         return InProcess(spec)
     from fedsim.ray_pool import RayPool  # starting Ray takes seconds: only runs that use it pay
 

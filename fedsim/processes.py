@@ -1,16 +1,7 @@
-"""Environment of the processes that train, and memory of those that send models."""
+"""How processes that train or send models wait and keep memory."""
 
 import ctypes
 import os
-
-# glibc gives large blocks back to the kernel after every batch; keeping them saves a quarter of a CNN's CPU time.
-# One thread each: two one-thread workers are faster than two threads in one, and the bits depend on the threads.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-    "OMP_NUM_THREADS": "1",
-}
 
 SPINS = 5000  # looks at a flag, some 0.1 ms
 
@@ -27,10 +18,10 @@ def spin_briefly() -> None:
 
 
 def keep_memory() -> None:
-    """Let this process keep the memory it frees, for a process that moves models of the same size round after round.
+    """Let this process keep the memory it frees, for a process that needs blocks of the same sizes again and again.
 
-    glibc hands large blocks back, and the system then clears every page of the next one: a third of the processor
-    time of a round over the wire with 14 M parameters. Elsewhere this does nothing.
+    glibc hands large blocks back, and the system then clears every page of the next one: up to a quarter of a CNN's
+    training, a third of the processor time of a round over the wire with 14 M parameters. Elsewhere this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

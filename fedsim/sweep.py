@@ -21,7 +21,6 @@ from pathlib import Path
 
 from fedsim.config import Config, load_config
 from fedsim.errors import ConfigError
-from fedsim.processes import ALLOCATOR
 
 
 def parse_grid(items: Sequence[str]) -> dict[str, list[str]]:
@@ -69,7 +68,6 @@ def sweep(
             config = load_config(file, [*overrides, *point, "simulation.workers=0"])
             resolve(config)
             todo.append((config, point, out / config.name / folder_name(point)))
-    os.environ.update({k: v for k, v in ALLOCATOR.items() if k not in os.environ})
     context = get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(jobs, context, _end_with_parent, (os.getpid(), stop)) as pool:

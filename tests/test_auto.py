@@ -53,7 +53,7 @@ def test_an_odd_block_has_two_threads_where_a_step_is_long(executor, batch, devi
     assert choose_odd_block_threads(executor, flops, batch, device) == expected
 
 
-@pytest.mark.parametrize(("batch", "asked", "expected"), [(8, 0, 1), (1000, 0, 2), (1000, 1, 1), (8, 3, 3)])
+@pytest.mark.parametrize(("batch", "asked", "expected"), [(8, 0, 1), (3000, 0, 2), (3000, 1, 1), (8, 3, 3)])
 def test_the_threads_are_written_into_the_configuration(dataset, batch, asked, expected):
     config = small_config(
         training={"batch-size": batch},

@@ -9,16 +9,13 @@ outside of them, which is Python's and the dispatcher's.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
-from fedsim.processes import ALLOCATOR
-
-if __name__ == "__main__" and not ALLOCATOR.items() <= os.environ.items():  # glibc reads them as it starts
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR, "PYTHONPATH": root})
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from any folder
 
 import torch
 from torch.profiler import ProfilerActivity, profile

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
@@ -27,13 +26,10 @@ from typing import Any
 import numpy as np
 
 if __name__ == "__main__":
-    root = str(Path(__file__).resolve().parents[2])  # run as a script, from any folder
-    sys.path.insert(0, root)
-    from fedsim.processes import ALLOCATOR, spin_briefly
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from any folder
+    from fedsim.processes import spin_briefly
 
-    if not ALLOCATOR.items() <= os.environ.items():  # glibc reads them as it starts
-        spin_briefly()
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR, "PYTHONPATH": root})
+    spin_briefly()
 
 import torch
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.bench.workloads import Workload
-from fedsim.processes import ALLOCATOR
 
 HERE = Path(__file__).resolve().parent
 CNNS = ("mcmahan-cnn", "digits-cnn")
-MALLOC = {name: value for name, value in ALLOCATOR.items() if name.startswith("MALLOC")}
+# glibc keeps memory that is freed: what fedsim's processes do for themselves.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 
 JAX = {"JAX_PLATFORMS": "cpu"}
 
