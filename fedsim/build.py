@@ -94,7 +94,7 @@ def task_of(config: Config, parts: dict[str, Part], classes: int, shape: tuple[i
 
 STEP_FLOPS = 10_000_000  # of a batch's forward pass: beyond, a step is work and not overhead
 PAIR_FLOPS = 1_000_000_000  # of the same: from there on two threads are worth their waiting for each other
-TENSOR_SIZE = 20_000  # parameters of a tensor, in the mean: beyond, stacking them is memory traffic and nothing else
+TENSOR_SIZE = 100_000  # parameters of a tensor, in the mean: beyond, stacking them is memory traffic and nothing else
 
 
 def choose_executor(task: ClientTask, flops: int, batch_size: int, device: str) -> str:

@@ -20,7 +20,8 @@ def task(name: str, shape: tuple[int, ...], classes: int, norm: str) -> ClientTa
     [
         ("logistic", (60, 1, 1), 10, "none", 10, "vmap"),
         ("logistic", (3, 32, 32), 10, "none", 10, "vmap"),
-        ("logistic", (3, 32, 32), 30, "none", 10, "loop"),  # 46,095 parameters a tensor
+        ("logistic", (3, 32, 32), 60, "none", 10, "vmap"),  # 92,190 parameters a tensor
+        ("logistic", (3, 32, 32), 100, "none", 10, "loop"),  # 153,650
         ("small-cnn", (3, 28, 28), 10, "bn", 4, "vmap"),
         ("small-cnn", (3, 28, 28), 10, "bn", 32, "loop"),  # 53 MFLOP a step
         ("mcmahan-cnn", (3, 32, 32), 10, "none", 10, "loop"),

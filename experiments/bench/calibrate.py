@@ -64,6 +64,8 @@ CASES = [
     Case("logistic", (784,), 10, 200),
     Case("logistic", (3, 32, 32), 10, 100),
     Case("logistic", (3, 32, 32), 10, 100, classes=30),
+    Case("logistic", (3, 32, 32), 10, 100, classes=60),
+    Case("logistic", (3, 32, 32), 10, 100, classes=100),
     Case("logistic", (3, 64, 64), 10, 50, classes=100),
     Case("logistic", (3, 64, 64), 32, 20, classes=300),
     Case("small-cnn", (3, 16, 16), 4, 50, norm="bn"),
@@ -153,7 +155,7 @@ def measure(case: Case, seconds: float) -> tuple[int, str, dict[str, float]]:
 
 def measure_threads(case: Case) -> tuple[int, dict[int, float]]:
     """(FLOPs of one example's forward pass, threads -> milliseconds of a client's step)."""
-    numbers = {count: {"executor": "loop", "threads": count} for count in (1, 2)}
+    numbers = {count: {"executor": "loop", "threads": count, "odd-block-threads": 1} for count in (1, 2)}
     with made(case, numbers) as (planned, federations):
         taken: dict[int, list[float]] = {count: [] for count in numbers}
         for _ in range(ROUNDS):
