@@ -118,7 +118,7 @@ def choose_executor(task: ClientTask, flops: int, batch_size: int, device: str) 
 
 def choose_odd_block_threads(executor: str, flops: int, batch_size: int, device: str) -> int:
     """Threads for the last of an odd number of blocks, if none are asked for: two where a step is long enough that they
-    pay on an idle machine and cost little on a busy one, by the second table of ``experiments/bench/README.md``.
+    pay on an idle machine and cost little on a busy one, by ``experiments/bench/README.md`` ("Threads").
 
     Args:
         flops: of one example's forward pass.
@@ -198,9 +198,8 @@ def plan(config: Config, data: Data | None = None) -> Plan:
         raise ConfigError(f"simulation.compile = true: {reason}")
     model_bytes = sum(v.nbytes for tree in task.initial() for v in tree.values())
     block = config.simulation.block or block_size(executor, cohort, model_bytes)
-    odd = config.simulation.odd_block_threads or choose_odd_block_threads(
-        executor, flops[""], config.training.batch_size, device
-    )
+    batch = min(config.training.batch_size, int(shards.sizes.max()))
+    odd = config.simulation.odd_block_threads or choose_odd_block_threads(executor, flops[""], batch, device)
     resolved = {"executor": executor, "block": block, "odd_block_threads": odd}
     simulation = config.simulation.model_copy(update=resolved)
     config = config.model_copy(update={"simulation": simulation})

@@ -13,7 +13,6 @@ import typer
 
 from fedsim import interrupts
 from fedsim.errors import FedsimError
-from fedsim.processes import spin_briefly
 
 app = typer.Typer(
     name="fedsim",
@@ -76,7 +75,7 @@ def resume(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")],
     round: Annotated[int | None, typer.Option(help="continue from this round's checkpoint, not the newest")] = None,
     allow_other_numerics: Annotated[
-        bool, typer.Option(help="continue although executor, block, device or torch differ from the run's")
+        bool, typer.Option(help="continue although executor, block, threads, device or torch differ from the run's")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -191,7 +190,6 @@ def main() -> None:
     debug = "--debug" in sys.argv
     started = time.time()
     interrupts.asked.clear()
-    spin_briefly()
     try:
         _mount()
         try:

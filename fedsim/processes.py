@@ -7,8 +7,8 @@ SPINS = 5000  # looks at a flag, some 0.1 ms
 
 
 def spin_briefly() -> None:
-    """Let threads that wait for each other in torch, which is yet to be imported here or in children of this process,
-    fall asleep soon, unless the environment says otherwise.
+    """Let torch's threads that wait for each other fall asleep soon, in this process if torch is imported after this
+    call, and in its children, unless the environment says otherwise.
 
     GNU's OpenMP looks for some milliseconds whether the others are there. On a busy machine they are not, since whoever
     waits holds the core that they need: a step of two threads then takes up to thirty times one thread's.

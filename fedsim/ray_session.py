@@ -23,7 +23,6 @@ from ray._private.parameter import RayParams
 from ray.exceptions import RayError
 
 from fedsim.errors import ConfigError, FedsimError
-from fedsim.processes import spin_briefly
 from fedsim.watchdog import Watchdog
 
 logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that it leaves SIGTERM to the main thread
@@ -62,7 +61,6 @@ class Session:
             ConfigError: no cluster answers at ``address``.
         """
         if not address:
-            spin_briefly()  # in Ray's workers
             self._watchdog = Watchdog()
             self._thread.start()
             return

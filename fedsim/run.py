@@ -382,6 +382,7 @@ class _Run:
             "executor": config.simulation.executor,
             "workers": config.simulation.workers,
             "block": config.simulation.block,
+            "odd_block_threads": config.simulation.odd_block_threads,
         }
         if "unseen_accuracy" in self.latest:
             summary["unseen_accuracy"] = self.latest["unseen_accuracy"]

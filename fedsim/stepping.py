@@ -134,21 +134,22 @@ def _thin(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-# By layer: the base that was packed last and what it and its transpose were packed to. Holding the base keeps its place
+# By layer: where the base is that was packed last, for how many threads (oneDNN packs for them, and a sum's order may
+# follow), the base, and what it and its transpose were packed to. Holding the base keeps its place
 # in memory from being taken by another: in a Ray actor every block gets the round's tensors as new objects over the
 # same memory.
-_packed: WeakKeyDictionary[nn.Linear, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 
 
 def _pack(module: nn.Linear, base: Tensor) -> tuple[Tensor, Tensor]:
     """``base`` in the orders in which oneDNN reads it for x W^T and for g W: a quarter to a half less time of each
     product, for some ten products' time."""
-    known = _packed.get(module)
-    if known is None or known[0].data_ptr() != base.data_ptr():
+    known, key = _packed.get(module), (base.data_ptr(), torch.get_num_threads())
+    if known is None or known[0] != key:
         _packed.pop(module, None)  # first, so that there are never two of them
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        _packed[module] = known = base, reorder(base), reorder(base.t())
-    return known[1:]
+        _packed[module] = known = key, base, reorder(base), reorder(base.t())
+    return known[2:]
 
 
 class _Layer:

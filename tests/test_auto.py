@@ -54,11 +54,19 @@ def test_an_odd_block_has_two_threads_where_a_step_is_long(executor, batch, devi
     assert choose_odd_block_threads(executor, flops, batch, device) == expected
 
 
-@pytest.mark.parametrize(("batch", "asked", "expected"), [(8, 0, 1), (3000, 0, 2), (3000, 1, 1), (8, 3, 3)])
+@pytest.mark.parametrize(
+    ("batch", "asked", "expected"),
+    [(4, 0, 1), (32, 0, 2), (32, 1, 1), (4, 3, 3), (10**6, 0, 2)],  # a client has 40 examples at most
+)
 def test_the_threads_are_written_into_the_configuration(dataset, batch, asked, expected):
     config = small_config(
         training={"batch-size": batch},
-        model={"name": "small-cnn", "norm": "bn"},
+        model={"name": "resnet-18", "norm": "bn"},
         simulation={"executor": "loop", "odd-block-threads": asked},
     )
     assert plan(config, (dataset, shards_of(dataset), None)).config.simulation.odd_block_threads == expected
+
+
+def test_a_large_batch_is_as_large_as_the_largest_client(dataset):
+    config = small_config(training={"batch-size": 10**6}, simulation={"executor": "loop"})
+    assert plan(config, (dataset, shards_of(dataset), None)).config.simulation.odd_block_threads == 1

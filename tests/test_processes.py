@@ -31,10 +31,7 @@ def test_a_simulation_in_this_process_keeps_the_memory_it_frees():
     [({}, "5000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "active"}, "None active")],
 )
 def test_threads_wait_briefly_unless_the_environment_says_otherwise(variables, expected):
-    code = (
-        "import os; from fedsim.processes import spin_briefly; spin_briefly();"
-        "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
-    )
+    code = "import os, fedsim;print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | variables
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=clean)
     assert done.stdout.split("\n")[0] == expected, done.stderr

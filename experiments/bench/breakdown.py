@@ -45,7 +45,7 @@ def kind(operator: str) -> str:
 def breakdown(workload: Workload, clients: int) -> dict[str, float]:
     """Share (%) of each kind of work in the wall time of a round of so many clients."""
     data = dataset(workload)
-    prepared = plan(configuration(workload, 4, workers=0), (data, shards(workload, data), None))
+    prepared = plan(configuration(workload, 4, workers=0, odd_block_threads=1), (data, shards(workload, data), None))
     federation, strategy = federation_of(prepared, ClientStore(), debug=True), prepared.strategy
     state = strategy.init(federation.shared)
 

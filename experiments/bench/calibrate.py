@@ -27,9 +27,7 @@ import numpy as np
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from any folder
-    from fedsim.processes import spin_briefly
-
-    spin_briefly()
+    import fedsim  # noqa: F401  (before torch, whose threads it tells how to wait)
 
 import torch
 

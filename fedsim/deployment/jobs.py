@@ -8,10 +8,9 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsim.config import MOST_THREADS
-
 JOB, ABOUT, SIZES, LOCAL = "job", "about", "sizes", "local"
 HELLO, PLACE, DONE = "query.hello", "query.place", "query.done"
+MOST_THREADS = 64  # that a client gives to a run: a system that has no more of them ends the process
 PER_ROUND = 1000  # sequence numbers of a round: its orders, and at the end its evaluation
 
 

@@ -149,10 +149,10 @@ def serve(
 
 
 def _same(kept: Config, config: Config) -> bool:
-    """``kept`` has the block that was chosen where ``config`` may leave it open."""
-    simulation = config.simulation
-    block = simulation.block or kept.simulation.block
-    return kept == config.model_copy(update={"simulation": simulation.model_copy(update={"block": block})})
+    """``kept`` has what was chosen where ``config`` may leave it open."""
+    mine, theirs = config.simulation, kept.simulation
+    chosen = {key: getattr(mine, key) or getattr(theirs, key) for key in ("block", "odd_block_threads")}
+    return kept == config.model_copy(update={"simulation": mine.model_copy(update=chosen)})
 
 
 def _dismiss(roster: Roster, members: list[Member]) -> list[Member]:

@@ -75,6 +75,7 @@ def senseless(tyrant: Tyrant) -> dict[str, tuple[RecordDict, str, str]]:
     bomb[EXTRA] = ArrayRecord({"bomb": Array("float64", (2**31,), "fedsim.zero.index", b"")})
     code = content(Order(2, model))
     code[EXTRA] = ArrayRecord({"code": Array("object", (1,), "numpy.ndarray", b"cos\nsystem\n(S'touch x'\ntR.")})
+    many = tyrant.job.config.replace("\nthreads = 1\n", "\nthreads = 1000\n")
     bare = RecordDict({CONFIG: ConfigRecord({}), JOB: tyrant.job.record()})
     orders = {
         "NaN weights": (Order(2, spoiled(model, lambda v: v * float("nan"))), "not finite"),
@@ -107,7 +108,8 @@ def senseless(tyrant: Tyrant) -> dict[str, tuple[RecordDict, str, str]]:
         "no such kind": (content(Order(2, model)), "train.shell", "no such order"),
         "a configuration that is none": (content(Order(2, model), config="rounds = ["), "train", "not TOML"),
         "a run outside the folder": (content(Order(2, model), run="../../etc/passwd"), "train", "16 hexadecimal"),
-        "a million threads": (content(Order(2, model), threads=10**6), "train", "1000000 threads, expected 1 to 1024"),
+        "many threads": (content(Order(2, model), threads=65), "train", "65 threads, expected 1 to 64"),
+        "many threads for all": (content(Order(2, model), config=many), "train", "threads = 1000: expected 64 at most"),
         "no whole number of threads": (content(Order(2, model), threads=1.5), "train", "whole numbers"),
         "another domain's number": (content(Order(2, model), client=1), "train", "not of domain"),
     }

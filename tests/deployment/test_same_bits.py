@@ -35,17 +35,3 @@ def test_deployed_is_simulated(deploy, dataset, tmp_path, strategy):
     assert found.get("modes") == expected.get("modes")
     assert found["bytes_down"] > expected["bytes_down"]  # the tensors, and what wraps them
     assert found["bytes_up"] > expected["bytes_up"]
-
-
-def test_real_clients_have_the_simulations_threads(deploy, dataset, tmp_path):
-    simulation = {"block": 1, "odd-block-threads": 3, "threads": 2}  # three clients, so the last is odd
-    deployment = deploy(rounds=1, simulation=simulation, training={"batch-size": 64})
-    server = deployment.server()
-    clients = deployment.clients()
-    assert server.wait() == 0, server.text()
-    assert [c.wait() for c in clients] == [0, 0, 0]
-    found = deployment.summary()["state_sha256"]
-    one = deployment.config.simulation.model_copy(update={"threads": 1, "odd_block_threads": 1})
-    by_one = deployment.config.model_copy(update={"simulation": one})
-    assert found == simulated(dataset, deployment.config, tmp_path / "simulated")["state_sha256"]
-    assert found != simulated(dataset, by_one, tmp_path / "by-one")["state_sha256"]

@@ -94,7 +94,7 @@ def run(workload: Workload, rounds: int, **options: Any) -> Result:
         federation.close()
     loss = final_loss(workload, {names[n]: v for n, v in strategy.model(state).items() if n in names}, personal)
     simulation = prepared.config.simulation
-    chosen = {"executor": simulation.executor, "workers": simulation.workers, "block": simulation.block}
+    chosen = {key: getattr(simulation, key) for key in ("executor", "workers", "block", "threads", "odd_block_threads")}
     packages = ("fedsim-domains", "torch", "numpy", "ray")
     return result(
         "fedsim", workload.name, stamps, loss, *packages, **chosen, start_up=f"{start_up:.1f} s", driver=f"{driver} MB"
