@@ -19,7 +19,7 @@ from clients.pruning import MaskedTraining
 from fedsim.checkpoint import state_sha256
 from fedsim.optim import SGD
 from fedsim.plugin import Plugin
-from fedsim.stepping import FusedLinear, InBackward, WholeGradients, stepper
+from fedsim.stepping import FusedLinear, InBackward, WholeGradients, _pack, stepper
 from fedsim.types import Order, View
 from tests.conftest import Small, small_dataset
 
@@ -253,3 +253,17 @@ def test_a_client_that_fails_in_backward_leaves_no_gradient_to_the_next(dataset)
     expected = whole.federation.train(order, [1, 2])
     like = broken.federation.shared
     assert state_sha256(replies.mean(like)) == state_sha256(expected.mean(like))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs")
+def test_a_base_is_packed_once_and_anew_for_other_threads():
+    module = nn.Linear(300, 400)
+    base, other = module.weight.detach(), module.weight.detach().clone()
+    first = _pack(module, base)
+    assert _pack(module, base)[0] is first[0]
+    torch.set_num_threads(2)
+    try:
+        assert _pack(module, base)[0] is not first[0]
+    finally:
+        torch.set_num_threads(1)
+    assert _pack(module, other)[0] is not _pack(module, base)[0]
