@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedsim.build import Plan, plan
 from fedsim.checkpoint import state_sha256
 from fedsim.config import Algorithm, Config, kebab, parse_config
-from fedsim.engine import cut, threads_of
+from fedsim.engine import blocks_and_threads
 from fedsim.errors import ConfigError
 from fedsim.flower import METRICS, log, read_order, reply_content
 from fedsim.packing import Packed
@@ -104,8 +104,8 @@ def _threads(planned: Plan, client: int) -> int:
     simulation, clients = planned.config.simulation, range(len(planned.shards))
     if planned.cohort < len(clients):
         return 1
-    blocks = cut(clients, simulation.block)
-    return threads_of(blocks, simulation.odd_block_threads)[-1] if client in blocks[-1] else 1
+    blocks = blocks_and_threads(clients, simulation.block, simulation.odd_block_threads)
+    return next(threads for block, threads in blocks if client in block)
 
 
 @client.train()

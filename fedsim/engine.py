@@ -52,10 +52,12 @@ def cut(clients: Sequence[int], block: int) -> list[list[int]]:
     return [list(clients[a:b]) for a, b in itertools.pairwise(edges)]
 
 
-def threads_of(blocks: Sequence[Sequence[int]], odd_block_threads: int) -> list[int]:
-    """Torch's threads for each block, if they are more than a worker's own: an even number of workers trains blocks in
-    pairs, and one of them is idle beside the last of an odd number."""
-    return [1] * (len(blocks) - 1) + [odd_block_threads if len(blocks) % 2 else 1]
+def blocks_and_threads(clients: Sequence[int], block: int, odd_block_threads: int) -> list[tuple[list[int], int]]:
+    """The blocks of ``cut`` with torch's threads for each, if they are more than a worker's own: an even number of
+    workers trains blocks in pairs, and one of them is idle beside the last of an odd number."""
+    blocks = cut(clients, block)
+    last = len(blocks) - 1 if len(blocks) % 2 else -1
+    return [(each, odd_block_threads if number == last else 1) for number, each in enumerate(blocks)]
 
 
 class Federation:
@@ -196,8 +198,7 @@ class Federation:
             apart: the blocks' sums are for the pool's groups.
         """
         self.store.discard()
-        blocks = cut(sorted(clients), self.block)
-        calls = _Calls(blocks, self.packed, threads_of(blocks, self.odd_block_threads))
+        calls = _Calls(blocks_and_threads(sorted(clients), self.block, self.odd_block_threads), self.packed)
         self.failures, self.dropped = [], 0
         narrowed: list[Narrowed] = []
         early: dict[int, BlockResult] = {}
@@ -332,15 +333,15 @@ class _Calls(Sequence[tuple[list[int], States, int]]):
     """The arguments of every block's training. States are read when a pool asks for a block's, so that those of a few
     blocks are in memory at a time and reading them hides behind training."""
 
-    def __init__(self, blocks: list[list[int]], state: Callable[[int], Packed], threads: list[int]):
-        self.blocks, self.state, self.threads = blocks, state, threads
+    def __init__(self, blocks: list[tuple[list[int], int]], state: Callable[[int], Packed]):
+        self.blocks, self.state = blocks, state
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def clients(self, number: int) -> list[int]:
-        return self.blocks[number]
+        return self.blocks[number][0]
 
     def __getitem__(self, number: Any) -> Any:
-        block = self.blocks[number]
-        return block, States([self.state(client) for client in block]), self.threads[number]
+        block, threads = self.blocks[number]
+        return block, States([self.state(client) for client in block]), threads

@@ -134,10 +134,9 @@ def _thin(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-# By layer: where the base is that was packed last, for how many threads (oneDNN packs for them, and a sum's order may
-# follow), the base, and what it and its transpose were packed to. Holding the base keeps its place
-# in memory from being taken by another: in a Ray actor every block gets the round's tensors as new objects over the
-# same memory.
+# By layer: where the base is that was packed last and for how many threads (oneDNN packs for them, and a sum's order
+# may follow), the base, and what it and its transpose were packed to. Holding the base keeps its place in memory from
+# being taken by another: in a Ray actor every block gets the round's tensors as new objects over the same memory.
 _packed: WeakKeyDictionary[nn.Linear, tuple[tuple[int, int], Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 
 

@@ -21,7 +21,7 @@ from fedsim.deployment.jobs import JOB, LOCAL, Job, end_of, sequence
 from fedsim.deployment.link import Incomplete, Link
 from fedsim.deployment.members import Member
 from fedsim.deployment.wire import pack, unpack
-from fedsim.engine import Federation, cut, threads_of
+from fedsim.engine import Federation, blocks_and_threads, cut
 from fedsim.errors import FedsimError
 from fedsim.flower import METRICS, order_content, read_reply
 from fedsim.fold import Partial, Tree, fan_of
@@ -205,9 +205,8 @@ class RemoteFederation(Federation):
         self.round = order.round
         self.before = {c: (self.members[c].sent, self.members[c].received) for c in clients}
         job = replace(self.job, sequence=sequence(order.round, self.order), oldest=self.oldest())
-        blocks = cut(clients, self.block)
-        threads = zip(blocks, threads_of(blocks, self.odd_block_threads))
-        jobs = {client: replace(job, threads=count) for block, count in threads for client in block}
+        blocks = blocks_and_threads(clients, self.block, self.odd_block_threads)
+        jobs = {client: replace(job, threads=threads) for block, threads in blocks for client in block}
         errand = self._exchange(order_content(order, self.order), "train", jobs)
         self.failures, self.dropped, self.retried = [], 0, errand.repeated
         believed: dict[int, Reply] = {}

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 JOB, ABOUT, SIZES, LOCAL = "job", "about", "sizes", "local"
 HELLO, PLACE, DONE = "query.hello", "query.place", "query.done"
-MOST_THREADS = 64  # that a client gives to a run: a system that has no more of them ends the process
+CLIENT_THREADS = 64  # that a client gives to a run: a system that has no more of them ends the process
 PER_ROUND = 1000  # sequence numbers of a round: its orders, and at the end its evaluation
 
 
@@ -62,8 +62,8 @@ def read_job(content: RecordDict) -> Job:
         raise ValueError("the run's name is not 16 hexadecimal digits")
     if not all(type(v) is int for v in (job.client, job.sequence, job.oldest, job.threads)):
         raise ValueError("client, sequence, oldest and threads must be whole numbers")
-    if not 1 <= job.threads <= MOST_THREADS:
-        raise ValueError(f"{job.threads} threads, expected 1 to {MOST_THREADS}")
+    if not 1 <= job.threads <= CLIENT_THREADS:
+        raise ValueError(f"{job.threads} threads, expected 1 to {CLIENT_THREADS}")
     if job.split not in ("test", "validation"):
         raise ValueError(f"split '{job.split}', expected test or validation")
     return job

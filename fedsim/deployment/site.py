@@ -13,7 +13,7 @@ import numpy as np
 from fedsim.build import Plan, plan
 from fedsim.config import Config, parse_config
 from fedsim.data import Dataset, Partition, hold_out, load_dataset, partition
-from fedsim.deployment.jobs import MOST_THREADS, PER_ROUND, Job, end_of
+from fedsim.deployment.jobs import CLIENT_THREADS, PER_ROUND, Job, end_of
 from fedsim.errors import ConfigError, DataError
 from fedsim.guard import refuse
 from fedsim.packing import Packed
@@ -107,8 +107,10 @@ class Site:
         config = parse_config(values, "the server's configuration")
         if self.domain not in domains_of(config):
             raise ConfigError(f"this client's domain '{self.domain}' is not of the run's: {config.federation.domains}")
-        if config.simulation.threads > MOST_THREADS:
-            raise ConfigError(f"simulation.threads = {config.simulation.threads}: expected {MOST_THREADS} at most here")
+        if config.simulation.threads > CLIENT_THREADS:
+            raise ConfigError(
+                f"simulation.threads = {config.simulation.threads}: expected {CLIENT_THREADS} at most here"
+            )
         return config
 
     def _dataset(self, config: Config) -> Dataset:
