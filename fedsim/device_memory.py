@@ -16,10 +16,8 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def training_bytes(task: ClientTask, x: Tensor) -> int:
-    """About what one client's local step on a batch ``x`` [B, ...] takes under vmap: its parameters and buffers, a
-    gradient, what the optimizer moves and one copy in passing; and twice what autograd keeps of the forward pass,
-    since gradients of activations come and go beside it. Measured once on the model as it is."""
+def kept_bytes(task: ClientTask, x: Tensor) -> int:
+    """What autograd keeps of a forward pass of a batch ``x`` [B, ...]. Measured on the model as it is."""
     own = {v.untyped_storage().data_ptr() for v in task.model.state_dict().values()}
     kept: dict[int, int] = {}
 
@@ -35,5 +33,11 @@ def training_bytes(task: ClientTask, x: Tensor) -> int:
         output = task.model(x)  # alive: what is kept stays where it is
     task.model.train(was)
     del output
-    state = sum(v.nbytes for v in task.model.state_dict().values())
-    return 5 * state + 2 * sum(kept.values())
+    return sum(kept.values())
+
+
+def training_bytes(task: ClientTask, x: Tensor) -> int:
+    """About what one client's local step on a batch ``x`` [B, ...] takes under vmap: its parameters and buffers, a
+    gradient, what the optimizer moves and one copy in passing; and twice what autograd keeps of the forward pass,
+    since gradients of activations come and go beside it."""
+    return 5 * sum(v.nbytes for v in task.model.state_dict().values()) + 2 * kept_bytes(task, x)

@@ -37,7 +37,6 @@ class Block:
         states: their private state, packed: an executor unpacks those that it trains at once.
         plans: (positions in ``clients`` [k], their steps); every position is in one of them.
         factors: shared tensors whose outcome may be left as ``Outcomes.factors``.
-        steps: local steps of all clients of the block, of which this may be a part.
         alone: the whole block is one client, so nothing is trained after it that would write to its outcome.
     """
 
@@ -45,7 +44,6 @@ class Block:
     states: Sequence[Packed]
     plans: Sequence[tuple[np.ndarray, BatchPlan]]
     factors: Collection[str] = ()
-    steps: int = 0
     alone: bool = False
 
     def __len__(self) -> int:
@@ -237,7 +235,7 @@ def _train_one(
 ) -> Outcomes:
     params, steps = stepping.params, len(plan)
     view = View(order, memory, lr, float(steps))
-    stepping.start(view, block.steps, plan[0].shape[1])
+    stepping.start(view)
     loss_sum = torch.zeros((), dtype=torch.float64, device=task.device)
     hits = torch.zeros((), device=task.device)
     for step in range(steps):

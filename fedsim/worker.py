@@ -20,12 +20,13 @@ import torch
 from fedsim.batches import BatchPlan, batch_plan
 from fedsim.config import Training
 from fedsim.data import Dataset, Partition
-from fedsim.device_memory import free_bytes, training_bytes
+from fedsim.device_memory import free_bytes, kept_bytes, training_bytes
 from fedsim.evaluation import Mode, Predict, mode_batches
 from fedsim.examples import Examples
 from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
+from fedsim.lockstep import ACTIVATIONS, goes_in_lockstep, run_lockstep
 from fedsim.optim import learning_rate
 from fedsim.packing import Packed, States, columns, pack
 from fedsim.random import generator, torch_generator
@@ -274,20 +275,36 @@ class Worker:
 
     def _parts(self, block: Block) -> list[Block]:
         """What is trained at once. The loop is given one client at a time, so that one that fails does not end the
-        others; vmap the whole block, or so many of it as the device has memory for."""
+        others, or as many in lockstep as their activations are to take; vmap the whole block, or so many of it as the
+        device has memory for."""
         width = 1
         if self.spec.executor == "vmap":
             free = free_bytes(self.device)
             width = len(block) if free is None else max(1, free // self._client_bytes)
+        elif not self.spec.time_limit and goes_in_lockstep(self.task, block):
+            width = self.abreast
         if width >= len(block):
             return [block] if len(block) else []
         count = math.ceil(len(block) / width)
         return [block.take(part.tolist()) for part in np.array_split(np.arange(len(block)), count)]
 
+    def _executor(self, block: Block) -> Executor:
+        return run_lockstep if self.spec.executor == "loop" and len(block) > 1 else EXECUTORS[self.spec.executor]
+
+    @cached_property
+    def _batch(self) -> torch.Tensor:
+        """One of the size that clients train on."""
+        size = min(self.spec.training.batch_size, int(self.spec.shards.sizes.max()))
+        return self.examples.batch("train", self.spec.shards.indices[:size])[0]
+
     @cached_property
     def _client_bytes(self) -> int:
-        size = min(self.spec.training.batch_size, len(self.spec.shards.indices))
-        return training_bytes(self.task, self.examples.batch("train", self.spec.shards.indices[:size])[0])
+        return training_bytes(self.task, self._batch)
+
+    @cached_property
+    def abreast(self) -> int:
+        """Clients in lockstep: of model and batch alone, as bits may depend on it."""
+        return max(1, ACTIVATIONS // kept_bytes(self.task, self._batch))
 
     def _timed(self, fetch: Fetch, clients: int) -> Fetch:
         """The same until the time of so many clients is up, which begins now: every step begins with its examples."""
@@ -315,8 +332,7 @@ class Worker:
         # A sum over several clients need not be of tensors; a bound on each client's update looks at every one of them.
         sums = order.fold and order.task == "train" and len(clients) > 1 and not self.spec.max_update_norm
         factors = frozenset(order.returned) if sums and self.device.type == "cpu" else frozenset[str]()
-        steps = sum(len(plan) * len(positions) for positions, plan in plans)
-        block = Block(list(clients), states, plans, factors, steps, alone=len(clients) == 1)
+        block = Block(list(clients), states, plans, factors, alone=len(clients) == 1)
         return block.take([p for p in range(len(clients)) if p not in idle]) if idle else block
 
     def _attempt(self, order: Order, block: Block, lr: float, fetch: Fetch, result: BlockResult) -> None:
@@ -329,14 +345,15 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(draw.initial_seed())
         try:
-            for outcomes in EXECUTORS[self.spec.executor](self.task, order, block, lr, fetch):
+            for outcomes in self._executor(block)(self.task, order, block, lr, fetch):
                 self._accept(order, outcomes, result, lend=self.lends and block.alone)
             return
         except OutOfTime as error:
             result.failures += [Failure(client, "time", str(error)) for client in block.clients]
             return
         except Exception as error:
-            if self.spec.debug and not (out_of_memory(error) and len(block) > 1):
+            # A loop's client is found by itself first.
+            if self.spec.debug and not ((out_of_memory(error) or self.spec.executor == "loop") and len(block) > 1):
                 clients = ", ".join(map(str, block.clients))
                 error.add_note(f"in round {order.round}, stage 'train', client {clients}")
                 raise

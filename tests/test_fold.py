@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from fedsim.fold import FAN, LARGE, Apart, Chain, Partial, Tree, WideSum, fan_of, gather, mean, merge, settled
 from fedsim.types import LowRank
+from fedsim.worker import Worker
 from tests.conftest import Small
 
 
@@ -216,15 +217,19 @@ def test_a_client_whose_factors_find_no_memory_is_in_no_sum(dataset, monkeypatch
     small, others = Small(dataset, **sections), Small(dataset, **sections)
     small.federation.pool.worker.spec = replace(small.spec, debug=False)
     (order,) = small.strategy.orders(1, small.federation.shared)
-    calls, ready = [], WideSum.ready
+    accepted, accept, ready = [], Worker._accept, WideSum.ready
+
+    def accepting(self, order, outcomes, *of, **options):
+        accepted[:] = outcomes.clients
+        accept(self, order, outcomes, *of, **options)
 
     def failing(self, update, weight):
-        calls.append(weight)
-        if len(calls) == client + 1:
+        if accepted == [client]:
             raise MemoryError
         return ready(self, update, weight)
 
     with monkeypatch.context() as patch:
+        patch.setattr(Worker, "_accept", accepting)
         patch.setattr(WideSum, "ready", failing)
         found = small.federation.train(order, [0, 1, 2]).mean(order.shared)
     assert [f.client for f in small.federation.failures] == [client]

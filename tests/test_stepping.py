@@ -19,7 +19,7 @@ from clients.pruning import MaskedTraining
 from fedsim.checkpoint import state_sha256
 from fedsim.optim import SGD
 from fedsim.plugin import Plugin
-from fedsim.stepping import FusedLinear, InBackward, WholeGradients, _pack, stepper
+from fedsim.stepping import FusedLinear, InBackward, WholeGradients, stepper
 from fedsim.types import Order, View
 from tests.conftest import Small, small_dataset
 
@@ -169,20 +169,6 @@ def test_factors_are_what_the_steps_add(steps, batch):
     assert torch.equal(base, before)
 
 
-@pytest.mark.parametrize(("steps", "batch", "packed"), [(5, 8, True), (6, 8, False), (1, 8, False)])
-def test_a_base_is_packed_where_many_steps_are_taken_from_it(steps, batch, packed):
-    """42 examples a client are kept as factors; with more, the base is read in the first step alone."""
-    model = Wide()
-    shared = {WIDE: model.wide.weight.detach().clone()}
-    ours = stepper(model, (), SGD(), dict(model.named_parameters()))
-    view = View(Order(round=1, shared=shared), {}, 0.1, float(steps))
-    ours.start(view, steps=11 * steps, batch=batch)
-    layer = ours._layers[WIDE]
-    ours.close()
-    expected = packed and torch.backends.mkldnn.is_available()
-    assert (layer.straight.is_mkldnn, layer.transposed.is_mkldnn) == (expected, expected)
-
-
 def test_a_model_may_be_one_wide_layer():
     """Logistic regression on large images; its gradients come expanded from a sum, in float32."""
     torch.manual_seed(0)
@@ -253,17 +239,3 @@ def test_a_client_that_fails_in_backward_leaves_no_gradient_to_the_next(dataset)
     expected = whole.federation.train(order, [1, 2])
     like = broken.federation.shared
     assert state_sha256(replies.mean(like)) == state_sha256(expected.mean(like))
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs")
-def test_a_base_is_packed_once_and_anew_for_other_threads():
-    module = nn.Linear(300, 400)
-    base, other = module.weight.detach(), module.weight.detach().clone()
-    first = _pack(module, base)
-    assert _pack(module, base)[0] is first[0]
-    torch.set_num_threads(2)
-    try:
-        assert _pack(module, base)[0] is not first[0]
-    finally:
-        torch.set_num_threads(1)
-    assert _pack(module, other)[0] is not _pack(module, base)[0]

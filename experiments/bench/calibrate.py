@@ -1,12 +1,14 @@
-"""Both executors, or one thread and two, on models of several sizes in this process: what the rules are taken from.
+"""Executors, threads, clients in lockstep, on models of several sizes in this process: what the rules are taken from.
 
     python experiments/bench/calibrate.py [--only WORDS] [--seconds 3]     # executors
     python experiments/bench/calibrate.py --threads [--only WORDS]         # threads of a client's training by the loop
+    python experiments/bench/calibrate.py --lockstep [--only WORDS]        # the loop's clients abreast
 
-A figure of the first is the processor time of this thread for a client's local step, the least of several rounds taken
-in turns, so that it says little of what else the machine does. Of the second it is time on the clock, a median, on the
-machine as it is and beside two processes that keep two cores busy. The rules themselves (``choose_executor`` and
-``choose_odd_block_threads`` of ``fedsim.build``) look at the model, the batch and the device alone.
+A figure of the first and the last is the processor time of this thread for a client's local step, the least of several
+rounds taken in turns, so that it says little of what else the machine does; of the last, beside a process that keeps
+another core busy. Of the second it is time on the clock, a median, on the machine as it is and beside two processes that
+keep two cores busy. The rules themselves (``choose_executor`` and ``choose_odd_block_threads`` of ``fedsim.build``,
+``ACTIVATIONS`` of ``fedsim.lockstep``) look at the model, the batch and the device alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ import torch
 from fedsim.build import Plan, choose_executor, choose_odd_block_threads, federation_of, plan
 from fedsim.config import parse_config
 from fedsim.data import Dataset, Partition
+from fedsim.device_memory import kept_bytes
 from fedsim.engine import Federation
+from fedsim.pool import InProcess
 from fedsim.store import ClientStore
 
 WORKERS = 2  # that the loop keeps busy, while a round of vmap may be one block
@@ -90,6 +94,15 @@ THREADS = [
     Case("vit-tiny-32", (3, 32, 32), 32, 1, 4),
     Case("digits-cnn", (3, 28, 28), 32, 1, 4, norm="bn"),
 ]
+LOCKSTEP = [
+    Case("mcmahan-cnn", (3, 32, 32), 10, 8, 5),
+    Case("mcmahan-cnn", (3, 32, 32), 32, 8, 2),
+    Case("digits-cnn", (3, 28, 28), 8, 8, 4, norm="bn"),
+    Case("digits-cnn", (3, 28, 28), 32, 8, 2, norm="bn"),
+    Case("alexnet", (3, 64, 64), 8, 8, 2, norm="bn"),
+    Case("alexnet", (3, 128, 128), 16, 4, 2, norm="bn"),
+]
+ABREAST = (1, 2, 4, 8)
 BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(512, 512)\nwhile True: a @ a"
 ROUNDS = 9  # of each number of threads, in turns
 
@@ -165,6 +178,29 @@ def measure_threads(case: Case) -> tuple[int, dict[int, float]]:
         return planned.flops[""], {n: 1000 * statistics.median(t[1:]) / case.steps for n, t in taken.items()}
 
 
+def measure_lockstep(case: Case, seconds: float) -> tuple[float, int, dict[int, float]]:
+    """(megabytes of a client's activations, clients abreast by rule, clients abreast -> milliseconds of a step)."""
+    whole = {"executor": "loop", "block": case.clients, "odd-block-threads": 1}
+    with made(case, {"whole": whole}) as (planned, federations):
+        (federation,) = federations.values()
+        assert isinstance(federation.pool, InProcess)
+        worker, strategy = federation.pool.worker, planned.strategy
+        order = strategy.orders(1, strategy.init(federation.shared))[0]
+        rule = worker.abreast
+        best = {count: float("inf") for count in ABREAST if count <= case.clients}
+        end, turns = time.monotonic() + seconds, 0
+        while turns < 4 or time.monotonic() < end:
+            for count in best:
+                worker.abreast = count
+                start = time.thread_time()
+                federation.train(order, range(case.clients))
+                if turns:
+                    best[count] = min(best[count], time.thread_time() - start)
+            turns += 1
+        kept = kept_bytes(planned.task, torch.zeros(case.batch, *case.shape))
+        return kept / 1e6, rule, {n: 1000 * t / case.clients / case.steps for n, t in best.items()}
+
+
 @contextlib.contextmanager
 def busy(cores: int) -> Iterator[None]:
     """A machine with so many cores less than it seems to have."""
@@ -191,15 +227,31 @@ def tell_threads(cases: list[Case]) -> None:
         print("| " + " | ".join(map(str, row + ratios)) + " |", flush=True)
 
 
+def tell_lockstep(cases: list[Case], seconds: float) -> None:
+    counts = " | ".join(f"{count} / 1" for count in ABREAST[1:])
+    print(f"| model | batch | activations, MB | 1 client, ms a step | {counts} | rule |")
+    print(f"|---|---:|---:|---:|{'---:|' * len(ABREAST)}")
+    with busy(1):  # as beside a worker
+        for case in cases:
+            kept, rule, ms = measure_lockstep(case, seconds)
+            ratios = [f"{ms[count] / ms[1]:.2f}" if count in ms else "" for count in ABREAST[1:]]
+            row = [case, case.batch, f"{kept:.1f}", f"{ms[1]:.3g}", *ratios, rule]
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name begins with this")
     parser.add_argument("--threads", action="store_true", help="one thread and two, in place of the executors")
+    parser.add_argument("--lockstep", action="store_true", help="the loop's clients in lockstep, in place of executors")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measurement a case")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.threads:
         tell_threads([case for case in THREADS if str(case).startswith(asked.only)])
+        return
+    if asked.lockstep:
+        tell_lockstep([case for case in LOCKSTEP if str(case).startswith(asked.only)], asked.seconds)
         return
     print("| model | parameters | batch | clients | loop, ms a step | vmap, ms a step | loop / vmap | auto |")
     print("|---|---:|---:|---:|---:|---:|---:|---|")

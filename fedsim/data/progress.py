@@ -7,19 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.progress import Progress
-
 EVERY = 10.0  # seconds
 
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, show: bool = True) -> Iterator[Callable[[int], None]]:
     """Yields ``tick(count)``, to be called as items are finished. Everything goes to stderr."""
-    console = Console(stderr=True)
     if not show:
         yield lambda count: None
-    elif console.is_terminal:
+        return
+    from rich.console import Console  # 5 MB that a worker, which reads data and shows nothing, does without
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if console.is_terminal:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)

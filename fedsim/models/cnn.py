@@ -8,7 +8,9 @@ mcmahan-cnn  the CIFAR network of the FedAvg paper (McMahan et al. 2017), 2,156,
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections import OrderedDict
+
+from torch import nn
 
 from fedsim.models import image_shape, register
 from fedsim.models.norm import make_norm
@@ -35,15 +37,11 @@ def dense(inputs: int, outputs: int, norm: str) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, outputs), make_norm(norm, outputs, dims=1), nn.ReLU())
 
 
-class ConvNet(nn.Module):
-    """Convolutional features, then a fully connected classifier."""
+class ConvNet(nn.Sequential):
+    """Convolutional features, then a fully connected classifier: [B, C, H, W] -> [B, classes]."""
 
     def __init__(self, features: nn.Module, classifier: nn.Module):
-        super().__init__()
-        self.features, self.flatten, self.classifier = features, nn.Flatten(), classifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.flatten(self.features(x)))  # [B, C, H, W] -> [B, classes]
+        super().__init__(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))
 
 
 @register("digits-cnn")

@@ -88,7 +88,7 @@ def test_progress_in_a_file_is_a_few_plain_lines(monkeypatch, capsys):
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=80))
+    monkeypatch.setattr("rich.console.Console", lambda stderr: Console(file=screen, force_terminal=True, width=80))
     with progress.bar("drawing", 2) as tick:
         tick(2)
     assert "drawing" in screen.getvalue()
