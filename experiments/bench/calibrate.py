@@ -7,8 +7,8 @@
 A figure of the first and the last is the processor time of this thread for a client's local step, the least of several
 rounds taken in turns, so that it says little of what else the machine does; of the last, beside a process that keeps
 another core busy. Of the second it is time on the clock, a median, on the machine as it is and beside two processes
-that keep two cores busy. The rules themselves (``choose_executor`` and ``choose_odd_block_threads`` of ``fedsim.build``,
-``ACTIVATIONS`` of ``fedsim.lockstep``) look at the model, the batch and the device alone.
+that keep two cores busy. The rules themselves (``choose_executor`` and ``choose_odd_block_threads`` of
+``fedsim.build``, ``ACTIVATIONS`` of ``fedsim.lockstep``) look at the model, the batch and the device alone.
 """
 
 from __future__ import annotations
