@@ -1,7 +1,7 @@
 """One client's local work, closed over a model skeleton and the plug-ins, and the loop that runs it client by client.
 
-``ClientTask`` says what happens at a step; executors (this loop, ``fedsim.vectorized``) say how it is mapped over
-the clients of a block. Both yield ``Outcomes`` in client order: the loop of one client each, vmap of many.
+``ClientTask`` says what happens at a step; executors (this loop, ``fedsim.lockstep``, ``fedsim.vectorized``) map it
+over the clients of a block. All yield ``Outcomes`` in client order: loop and lockstep of one client each, vmap of many.
 """
 
 from __future__ import annotations

@@ -100,8 +100,7 @@ def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]] | 
     that is something else."""
     if type(module) in PLAIN:
         return [(path, module)]
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    if type(module).forward is not nn.Sequential.forward or hooked:
+    if type(module).forward is not nn.Sequential.forward or _hooked(module):
         return None
     found: list[tuple[str, nn.Module]] = []
     for name, child in module._modules.items():  # named_children() leaves out the second use of a module
@@ -110,6 +109,10 @@ def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]] | 
             return None
         found += layers
     return found
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _wide(task: ClientTask, block: Block) -> list[nn.Linear]:
@@ -121,7 +124,8 @@ def _wide(task: ClientTask, block: Block) -> list[nn.Linear]:
     modules = FusedLinear.layers(task.model, task.plugins, task.optimizer, params)
     shared = {id(named[n]) for n in block.factors if n in named}
     most = max(plan.seen for _, plan in block.plans)
-    return modules if all(id(m.weight) in shared and WideLayer(m).holds(most) for m in modules) else []
+    fit = (id(m.weight) in shared and WideLayer(m).holds(most) and not _hooked(m) for m in modules)
+    return modules if all(fit) else []
 
 
 def _stages(task: ClientTask, block: Block) -> list[_Turns | _Together]:

@@ -136,11 +136,9 @@ class FusedLinear(WholeGradients):
         cls, model: nn.Module, plugins: tuple[Plugin, ...], optimizer: Optimizer, params: Tensors
     ) -> list[nn.Linear]:
         """The layers of ``model`` that may be stepped so."""
-        if (
-            not isinstance(optimizer, SGD)
-            or optimizer.momentum
-            or any(p.overrides("loss", "update", "project") for p in plugins)
-        ):
+        if not isinstance(optimizer, SGD) or optimizer.momentum:
+            return []
+        if any(p.overrides("loss", "update", "project") for p in plugins):
             return []
         trained = {id(p) for p in params.values()}
         owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))

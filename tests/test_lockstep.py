@@ -130,6 +130,12 @@ def tied() -> nn.Module:
     return model_of(first, second, nn.Linear(432, 300))
 
 
+def hooked() -> nn.Module:
+    wide = nn.Linear(432, 300)
+    wide.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model_of(wide)
+
+
 def block_of(dataset, model, *, factors=True, clients=3, **training):
     federation = small(dataset, **training)
     task = replace(federation.task, model=model) if model else federation.task
@@ -149,6 +155,7 @@ def block_of(dataset, model, *, factors=True, clients=3, **training):
         (False, {"model": model_of(nn.Linear(432, 300), nn.Dropout(0.5))}),  # draws in another order
         (False, {"model": Residual()}),
         (False, {"model": tied()}),
+        (False, {"model": hooked()}),
         (False, {"clients": 1}),
         (False, {"factors": False}),  # replies of their own are wanted
         (False, {"epochs": 2}),  # 80 examples have no room
