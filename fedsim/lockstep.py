@@ -20,9 +20,10 @@ from fedsim.batches import BatchPlan
 from fedsim.local import Block, ClientTask, Fetch, Outcomes
 from fedsim.stepping import FusedLinear, unseen
 from fedsim.types import LowRank, Order, Tensors
-from fedsim.wide import WideLayer
+from fedsim.wide import WideLayer, holds
 
-ACTIVATIONS = 1 << 26  # bytes of them that clients in lockstep may keep: they wait for the others of their step
+MOST = 8  # clients: beyond, nothing was measured
+BYTES = 1 << 27  # that clients in lockstep may take: their activations wait for the others of their step
 # Layers that draw no random numbers and have nothing but their tensors, so that clients may take turns with them.
 PLAIN: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -46,6 +47,7 @@ PLAIN: tuple[type[nn.Module], ...] = (
     nn.AdaptiveAvgPool2d,
     nn.Flatten,
 )
+CALLED = ("forward", "__call__", "__iter__")  # what a kind of nn.Sequential must have as it is
 
 
 @dataclass
@@ -88,7 +90,7 @@ class _Together:
     def __call__(self, clients: Sequence[_Client], xs: Sequence[Tensor]) -> list[Tensor]:
         ys = self.layer(xs, [c.place for c in clients])
         own = self.layer.module.bias  # where it is frozen
-        return ys if own is None else [y + c.tensors.get(self.bias, own) for y, c in zip(ys, clients)]
+        return [y.clone() if own is None else y + c.tensors.get(self.bias, own) for y, c in zip(ys, clients)]
 
 
 def _join(path: str, name: str) -> str:
@@ -98,9 +100,12 @@ def _join(path: str, name: str) -> str:
 def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]] | None:
     """The layers of nested ``nn.Sequential``s in the order in which they are called, with their paths; None of a model
     that is something else."""
+    if "forward" in vars(module):
+        return None
     if type(module) in PLAIN:
         return [(path, module)]
-    if type(module).forward is not nn.Sequential.forward or _hooked(module):
+    own = any(getattr(type(module), name, None) is not getattr(nn.Sequential, name) for name in CALLED)
+    if own or _hooked(module):
         return None
     found: list[tuple[str, nn.Module]] = []
     for name, child in module._modules.items():  # named_children() leaves out the second use of a module
@@ -112,7 +117,8 @@ def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]] | 
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _wide(task: ClientTask, block: Block) -> list[nn.Linear]:
@@ -123,9 +129,14 @@ def _wide(task: ClientTask, block: Block) -> list[nn.Linear]:
     params = {n: named[n] for n in task.trainable}
     modules = FusedLinear.layers(task.model, task.plugins, task.optimizer, params)
     shared = {id(named[n]) for n in block.factors if n in named}
-    most = max(plan.seen for _, plan in block.plans)
-    fit = (id(m.weight) in shared and WideLayer(m).holds(most) and not _hooked(m) for m in modules)
+    most = _most(block)
+    fit = (id(m.weight) in shared and holds(m.weight, most) and not _hooked(m) for m in modules)
     return modules if all(fit) else []
+
+
+def _most(block: Block) -> int:
+    """Examples that a client of the block takes its steps from."""
+    return max(plan.seen for _, plan in block.plans)
 
 
 def _stages(task: ClientTask, block: Block) -> list[_Turns | _Together]:
@@ -139,8 +150,13 @@ def _stages(task: ClientTask, block: Block) -> list[_Turns | _Together]:
     if not len(used) == len(set(used)) == len(list(task.model.parameters())):
         return []  # layers that share a parameter, or one that is no layer's
     stages, turns = list[_Turns | _Together](), list[tuple[str, nn.Module]]()
+    vectors = False  # otherwise an example may be several rows to a wide layer
     for path, module in layers:
+        if isinstance(module, nn.Flatten):
+            vectors = (module.start_dim, module.end_dim) == (1, -1)
         if isinstance(module, nn.Linear) and id(module) in wide:
+            if not vectors:
+                return []
             stages += [_Turns(turns), _Together(path, module)]
             turns = []
         else:
@@ -152,6 +168,19 @@ def goes_in_lockstep(task: ClientTask, block: Block) -> bool:
     """Whether the clients of a block can be trained so: several of plain SGD that nobody interferes with, of whose
     wide layers only a sum is wanted, by a model that is a chain of well-known layers."""
     return len(block) > 1 and bool(_stages(task, block))
+
+
+def abreast(task: ClientTask, block: Block, kept: int) -> int:
+    """How many clients of a block that ``goes_in_lockstep`` are to go so at once: of model, batch and block alone, as
+    bits may depend on it.
+
+    Args:
+        kept: bytes that autograd keeps of a client's forward pass.
+    """
+    weights = [module.weight for module in _wide(task, block)]
+    own = sum(v.nbytes for v in task.model.state_dict().values()) - sum(w.nbytes for w in weights)
+    factors = sum(_most(block) * sum(w.shape) * w.element_size() for w in weights)
+    return max(1, min(MOST, BYTES // (kept + 2 * own + factors)))  # twice: their gradients
 
 
 def run_lockstep(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fetch) -> Iterator[Outcomes]:
@@ -178,10 +207,13 @@ def run_lockstep(task: ClientTask, order: Order, block: Block, lr: float, fetch:
         # wide weights are None, and asked for so that autograd comes by.
         trained = [p for client in active for p in client.trained.values()]
         asked = [*trained, *(each.layer.module.weight for each in wide)]
-        grads = iter(torch.autograd.grad(torch.stack(losses).sum(), asked, allow_unused=True))
+        found = iter(torch.autograd.grad(torch.stack(losses).sum(), asked, allow_unused=True))
         with torch.no_grad():
             for client in active:
-                task.optimizer.step(client.trained, dict(zip(client.trained, grads)), {}, lr, step)
+                pairs = zip(client.trained.items(), found)
+                grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
+                if grads:  # a model may be one wide layer
+                    task.optimizer.step(client.trained, grads, {}, lr, step)
         for each in wide:
             each.layer.end(lr)
     for client in clients:

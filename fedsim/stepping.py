@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedsim.optim import SGD, Moments, Optimizer
 from fedsim.plugin import Plugin
 from fedsim.types import LowRank, Tensors, View
-from fedsim.wide import WideLayer
+from fedsim.wide import WideLayer, holds
 
 
 def transform(
@@ -161,7 +161,7 @@ class FusedLinear(WholeGradients):
             rows = layer.end(view.lr)
             if self._decay:
                 layer.write(1 - view.lr * self._decay)
-            elif not layer.holds(rows * view.steps) and not view.last:
+            elif not holds(layer.base, rows * view.steps) and not view.last:
                 layer.write()
         grads = {n: torch.zeros_like(p) if (g := found[n]) is None else g for n, p in self._rest.items()}
         if grads:  # a model may be one wide layer
@@ -185,7 +185,7 @@ class FusedLinear(WholeGradients):
 
 def _forward(layer: WideLayer, x: Tensor) -> Tensor:
     (y,) = layer([x])
-    return y if layer.module.bias is None else y + layer.module.bias
+    return y.clone() if layer.module.bias is None else y + layer.module.bias
 
 
 def unseen(plugins: tuple[Plugin, ...]) -> bool:

@@ -29,6 +29,13 @@ def _thin(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def holds(weight: Tensor, rows: float | Tensor) -> bool:
+    """Whether a client that takes its steps from so many is kept as factors: at most, they make products with its
+    weight an eighth dearer."""
+    outputs, inputs = weight.shape
+    return bool(rows * 4 * (outputs + inputs) <= outputs * inputs)
+
+
 class Steps:
     """left^T right: what a client's steps have added to the base."""
 
@@ -68,18 +75,14 @@ class WideLayer:
         # In this step: (clients, rows of each, gradients of the outputs, inputs)
         self.seen = list[tuple[Sequence[int], list[int], Tensor, Tensor]]()
 
-    def holds(self, examples: float | Tensor) -> bool:
-        """Whether a client with so many is kept as factors: at most, they make products with W an eighth dearer."""
-        outputs, inputs = self.base.shape
-        return bool(examples * 4 * (outputs + inputs) <= outputs * inputs)
-
     def __call__(self, xs: Sequence[Tensor], clients: Sequence[int] = (0,)) -> list[Tensor]:
-        """x [..., I] -> x W^T [..., O] of each of these clients: the base is read once for all of them."""
-        rows = [x.numel() // x.shape[-1] for x in xs]
+        """x [..., I] -> x W^T [..., O] of each of these clients: the base is read once for all of them. They are views,
+        in which autograd lets nobody work in place."""
         flat = [x.reshape(-1, x.shape[-1]) for x in xs]
-        x = torch.cat(flat) if len(flat) > 1 else flat[0]
+        rows = [len(x) for x in flat]
+        together = torch.cat(flat) if len(flat) > 1 else flat[0]
         # The weight is an argument so that autograd comes by; it gets its steps, and no gradient.
-        y = _Product.apply(x, self, clients, rows, self.module.weight)
+        y = _Product.apply(together, self, clients, rows, self.module.weight)
         return [part.reshape(*x.shape[:-1], -1) for x, part in zip(xs, y.split(rows))]
 
     @torch.no_grad()

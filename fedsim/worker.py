@@ -26,7 +26,7 @@ from fedsim.examples import Examples
 from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
-from fedsim.lockstep import ACTIVATIONS, goes_in_lockstep, run_lockstep
+from fedsim.lockstep import MOST, abreast, goes_in_lockstep, run_lockstep
 from fedsim.optim import learning_rate
 from fedsim.packing import Packed, States, columns, pack
 from fedsim.random import generator, torch_generator
@@ -194,6 +194,7 @@ class Worker:
         self.task = copy.deepcopy(spec.task)
         self.spec = replace(spec, task=self.task)
         self.lends = lends
+        self.most = MOST  # clients in lockstep
         self.device = torch.device(spec.device)
         if self.device.type == "cuda":  # torch by itself lets convolutions use tf32, and products not
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.task.precision == "tf32"
@@ -265,7 +266,7 @@ class Worker:
         put = self._on_device
         order = replace(order, shared=put(order.shared), extra=put(order.extra), masks=put(order.masks))
         self.task.begin(order)
-        block = self._block(order, clients, states, result)
+        block = self.block(order, clients, states, result)
         fetch = self.examples.fetcher(spec.seed, order.round, spec.training.augment)
         for part in self._parts(block):
             self._attempt(order, part, float(lr), self._timed(fetch, len(part)), result)
@@ -275,14 +276,14 @@ class Worker:
 
     def _parts(self, block: Block) -> list[Block]:
         """What is trained at once. The loop is given one client at a time, so that one that fails does not end the
-        others, or as many in lockstep as their activations are to take; vmap the whole block, or so many of it as the
+        others, or as many in lockstep as may take so much memory; vmap the whole block, or so many of it as the
         device has memory for."""
         width = 1
         if self.spec.executor == "vmap":
             free = free_bytes(self.device)
             width = len(block) if free is None else max(1, free // self._client_bytes)
         elif not self.spec.time_limit and goes_in_lockstep(self.task, block):
-            width = self.abreast
+            width = min(self.most, abreast(self.task, block, self._kept))
         if width >= len(block):
             return [block] if len(block) else []
         count = math.ceil(len(block) / width)
@@ -292,19 +293,15 @@ class Worker:
         return run_lockstep if self.spec.executor == "loop" and len(block) > 1 else EXECUTORS[self.spec.executor]
 
     @cached_property
-    def _batch(self) -> torch.Tensor:
-        """One of the size that clients train on."""
-        size = min(self.spec.training.batch_size, int(self.spec.shards.sizes.max()))
-        return self.examples.batch("train", self.spec.shards.indices[:size])[0]
-
-    @cached_property
     def _client_bytes(self) -> int:
-        return training_bytes(self.task, self._batch)
+        size = min(self.spec.training.batch_size, len(self.spec.shards.indices))
+        return training_bytes(self.task, self.examples.batch("train", self.spec.shards.indices[:size])[0])
 
     @cached_property
-    def abreast(self) -> int:
-        """Clients in lockstep: of model and batch alone, as bits may depend on it."""
-        return max(1, ACTIVATIONS // kept_bytes(self.task, self._batch))
+    def _kept(self) -> int:
+        """Bytes that autograd keeps of a client's forward pass, by a model of images."""
+        size = min(self.spec.training.batch_size, int(self.spec.shards.sizes.max()))
+        return kept_bytes(self.task, torch.zeros(size, *self.spec.dataset.shape, dtype=self.examples.dtype))
 
     def _timed(self, fetch: Fetch, clients: int) -> Fetch:
         """The same until the time of so many clients is up, which begins now: every step begins with its examples."""
@@ -318,7 +315,8 @@ class Worker:
 
         return timed if limit else fetch
 
-    def _block(self, order: Order, clients: Sequence[int], states: Sequence[Packed], result: BlockResult) -> Block:
+    def block(self, order: Order, clients: Sequence[int], states: Sequence[Packed], result: BlockResult) -> Block:
+        """What the clients of a block do for an order; those that have no batch are put down in ``result``."""
         plans, idle = [], set[int]()
         for positions, shards in self.spec.shards.by_size(clients):
             plan = self._plan(order, [clients[p] for p in positions], shards)
@@ -338,7 +336,8 @@ class Worker:
     def _attempt(self, order: Order, block: Block, lr: float, fetch: Fetch, result: BlockResult) -> None:
         """Train clients at once. If that fails it is tried again in halves, down to single clients: memory may suffice
         for fewer, and a client that cannot be trained is found without costing the others. The block's sum is the same
-        block's in any case, so the loop's bits stay; those of vmap depend on how many clients it stacks."""
+        block's in any case, so the loop's bits stay; those of vmap depend on how many clients it stacks, and those of
+        lockstep would if a row of a product depended on the others."""
         # The same draws for every order of a round; what a model draws does not depend on what its worker did before.
         draw = torch_generator(self.spec.seed, round=order.round, client=block.clients[0], purpose="dropout")
         torch.default_generator.manual_seed(draw.initial_seed())  # torch.manual_seed takes seven times as long
@@ -352,11 +351,13 @@ class Worker:
             result.failures += [Failure(client, "time", str(error)) for client in block.clients]
             return
         except Exception as error:
-            # A loop's client is found by itself first.
-            if self.spec.debug and not ((out_of_memory(error) or self.spec.executor == "loop") and len(block) > 1):
-                clients = ", ".join(map(str, block.clients))
+            wanted = self.spec.debug and not (out_of_memory(error) and len(block) > 1)
+            clients = ", ".join(map(str, block.clients))
+            if wanted:
                 error.add_note(f"in round {order.round}, stage 'train', client {clients}")
+            if wanted and (len(block) == 1 or self.spec.executor == "vmap"):
                 raise
+            first = error if wanted else None  # a client of the loop is looked for first
             # As text: the exception holds on to everything the attempt had in memory.
             reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         if self.device.type == "cuda":
@@ -371,6 +372,8 @@ class Worker:
         for part in (left[:half], left[half:]):
             if part:
                 self._attempt(order, block.take(part), lr, fetch, result)
+        if first is not None:  # by themselves they do not fail
+            raise first
 
     def _refusals(self, order: Order, outcomes: Outcomes, report: Tensors) -> dict[int, str]:
         """row -> why that client's update is not believed."""

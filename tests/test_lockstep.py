@@ -37,7 +37,7 @@ def widths(monkeypatch):
 
 def alone(federation):
     """The same federation, whose clients train one after the other."""
-    federation.federation.pool.worker.__dict__["abreast"] = 1
+    federation.federation.pool.worker.most = 1
     return federation
 
 
@@ -78,11 +78,23 @@ def model_of(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *layers)
 
 
+def Vain() -> nn.Module:
+    """A layer with a parameter that its result does not depend on."""
+    layer = nn.Identity()
+    layer.unused = nn.Parameter(torch.ones(3))
+    return layer
+
+
 MODELS = {
     "a wide layer first and last, without a bias": lambda: model_of(
         nn.Linear(432, 320, bias=False), nn.Linear(320, 320)
     ),
     "nested": lambda: nn.Sequential(OrderedDict(a=model_of(nn.Linear(432, 300), nn.Tanh()), b=nn.Linear(300, 4))),
+    "in place after a layer without a bias": lambda: model_of(
+        nn.Linear(432, 320, bias=False), nn.ReLU(inplace=True), nn.Linear(320, 4)
+    ),
+    "nothing but a wide weight": lambda: model_of(nn.Linear(432, 320, bias=False)),
+    "a parameter in vain": lambda: model_of(Vain(), nn.Linear(432, 320)),
     "frozen features": lambda: frozen(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(400, 300)),
 }
 
@@ -102,7 +114,7 @@ def test_models_of_the_users_own(dataset, widths, make):
         task = fedsim.worker.ClientTask(make().double(), (), federation.task.optimizer)
         shared, _ = task.initial()
         worker = Worker(replace(federation.spec, task=task))
-        worker.__dict__["abreast"] = width
+        worker.most = width
         (order,) = federation.strategy.orders(1, shared)
         result = worker.train(order, [0, 1, 2], [federation.federation.untrained] * 3)
         assert result.failures == []
@@ -130,6 +142,17 @@ def tied() -> nn.Module:
     return model_of(first, second, nn.Linear(432, 300))
 
 
+class Backwards(nn.Sequential):
+    def __call__(self, x):
+        return super().__call__(-x)
+
+
+def patched() -> nn.Module:
+    model = model_of(nn.Linear(432, 300))
+    model.forward = lambda x: model[1](model[0](-x))
+    return model
+
+
 def hooked() -> nn.Module:
     wide = nn.Linear(432, 300)
     wide.register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -142,7 +165,7 @@ def block_of(dataset, model, *, factors=True, clients=3, **training):
     worker = Worker(replace(federation.spec, task=task))
     (order,) = federation.strategy.orders(1, task.initial()[0])
     states = [federation.federation.untrained] * clients
-    block = worker._block(replace(order, fold=factors), list(range(clients)), states, fedsim.worker.BlockResult())
+    block = worker.block(replace(order, fold=factors), list(range(clients)), states, fedsim.worker.BlockResult())
     return worker.task, block
 
 
@@ -156,6 +179,12 @@ def block_of(dataset, model, *, factors=True, clients=3, **training):
         (False, {"model": Residual()}),
         (False, {"model": tied()}),
         (False, {"model": hooked()}),
+        (
+            False,
+            {"model": nn.Sequential(nn.Flatten(2), nn.Linear(144, 2000), nn.Flatten(), nn.Linear(6000, 4))},
+        ),  # rows
+        (False, {"model": Backwards(nn.Flatten(), nn.Linear(432, 300))}),
+        (False, {"model": patched()}),
         (False, {"clients": 1}),
         (False, {"factors": False}),  # replies of their own are wanted
         (False, {"epochs": 2}),  # 80 examples have no room
@@ -176,12 +205,16 @@ def test_not_where_a_plugin_looks_at_gradients_or_weights(dataset, widths, algor
     assert widths == []
 
 
-def test_as_many_as_their_activations_may_take(dataset, widths, monkeypatch):
+@pytest.mark.parametrize(("fit", "expected"), [(4.5, [3, 3, 3]), (0.5, []), (100, [5, 4])])
+def test_as_many_as_may_take_so_much_memory(dataset, widths, monkeypatch, fit, expected):
+    """Activations, their own tensors and gradients, the factors of twelve examples; and eight at most."""
     federation = small(dataset, shards=nine_clients(dataset), block=9)
-    worker = federation.federation.pool.worker
-    monkeypatch.setattr(fedsim.worker, "ACTIVATIONS", int(4.5 * kept_bytes(worker.task, worker._batch)))
+    model = federation.task.model
+    own = sum(v.nbytes for n, v in model.state_dict().items() if n != WIDE)
+    each = kept_bytes(federation.task, torch.zeros(8, 3, 12, 12)) + 2 * own + 4 * 12 * (512 + 576)
+    monkeypatch.setattr("fedsim.lockstep.BYTES", int(fit * each))
     federation.run(1)
-    assert widths == [3, 3, 3]
+    assert widths == expected
 
 
 def test_one_after_the_other_under_a_time_limit(dataset, widths):
@@ -232,6 +265,17 @@ def test_debugging_names_the_client_that_failed(dataset):
     assert raised.value.__notes__ == ["in round 1, stage 'train', client 1"]
 
 
+def test_debugging_tells_of_what_fails_in_lockstep_alone(dataset, monkeypatch):
+    def fails(*of):
+        raise ArithmeticError("together")
+        yield
+
+    monkeypatch.setattr(fedsim.worker, "run_lockstep", fails)
+    with pytest.raises(ArithmeticError, match="together") as raised:
+        small(dataset).run(1)
+    assert raised.value.__notes__ == ["in round 1, stage 'train', client 0, 1"]
+
+
 def test_a_client_that_diverges_is_refused_and_the_others_are_not(dataset, widths):
     federation = small(dataset, lr=1e25)
     federation.federation.pool.worker.spec = replace(federation.spec, debug=False)
@@ -272,4 +316,4 @@ def test_blocks_of_one_and_of_many_differ_by_rounding_alone(dataset, widths):
     assert widths == []
     for name, value in many.run(1).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    assert widths == [9]
+    assert widths == [5, 4]

@@ -8,7 +8,7 @@ A figure of the first and the last is the processor time of this thread for a cl
 rounds taken in turns, so that it says little of what else the machine does; of the last, beside a process that keeps
 another core busy. Of the second it is time on the clock, a median, on the machine as it is and beside two processes
 that keep two cores busy. The rules themselves (``choose_executor`` and ``choose_odd_block_threads`` of
-``fedsim.build``, ``ACTIVATIONS`` of ``fedsim.lockstep``) look at the model, the batch and the device alone.
+``fedsim.build``, ``abreast`` of ``fedsim.lockstep``) look at the model, the batch and the device alone.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from any folder
-    import fedsim  # noqa: F401  (before torch, whose threads it tells how to wait)
+    import fedsim  # before torch, whose threads it tells how to wait
 
 import torch
 
+import fedsim.lockstep
 from fedsim.build import Plan, choose_executor, choose_odd_block_threads, federation_of, plan
 from fedsim.config import parse_config
 from fedsim.data import Dataset, Partition
@@ -40,6 +42,7 @@ from fedsim.device_memory import kept_bytes
 from fedsim.engine import Federation
 from fedsim.pool import InProcess
 from fedsim.store import ClientStore
+from fedsim.worker import BlockResult
 
 WORKERS = 2  # that the loop keeps busy, while a round of vmap may be one block
 
@@ -99,6 +102,7 @@ LOCKSTEP = [
     Case("mcmahan-cnn", (3, 32, 32), 32, 8, 2),
     Case("digits-cnn", (3, 28, 28), 8, 8, 4, norm="bn"),
     Case("digits-cnn", (3, 28, 28), 32, 8, 2, norm="bn"),
+    Case("alexnet", (3, 64, 64), 4, 8, 2, norm="bn"),
     Case("alexnet", (3, 64, 64), 8, 8, 2, norm="bn"),
     Case("alexnet", (3, 128, 128), 16, 4, 2, norm="bn"),
 ]
@@ -186,18 +190,21 @@ def measure_lockstep(case: Case, seconds: float) -> tuple[float, int, dict[int, 
         assert isinstance(federation.pool, InProcess)
         worker, strategy = federation.pool.worker, planned.strategy
         order = strategy.orders(1, strategy.init(federation.shared))[0]
-        rule = worker.abreast
+        clients = list(range(case.clients))
+        block = worker.block(order, clients, [federation.packed(c) for c in clients], BlockResult())
+        kept = kept_bytes(worker.task, torch.zeros(case.batch, *case.shape))
+        rule = fedsim.lockstep.abreast(worker.task, block, kept)
         best = {count: float("inf") for count in ABREAST if count <= case.clients}
         end, turns = time.monotonic() + seconds, 0
-        while turns < 4 or time.monotonic() < end:
-            for count in best:
-                worker.abreast = count
-                start = time.thread_time()
-                federation.train(order, range(case.clients))
-                if turns:
-                    best[count] = min(best[count], time.thread_time() - start)
-            turns += 1
-        kept = kept_bytes(planned.task, torch.zeros(case.batch, *case.shape))
+        with mock.patch("fedsim.lockstep.BYTES", 1 << 40):
+            while turns < 4 or time.monotonic() < end:
+                for count in best:
+                    worker.most = count
+                    start = time.thread_time()
+                    federation.train(order, clients)
+                    if turns:
+                        best[count] = min(best[count], time.thread_time() - start)
+                turns += 1
         return kept / 1e6, rule, {n: 1000 * t / case.clients / case.steps for n, t in best.items()}
 
 
