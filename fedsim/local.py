@@ -49,6 +49,11 @@ class Block:
     def __len__(self) -> int:
         return len(self.clients)
 
+    def each_plan(self) -> list[BatchPlan]:
+        """The steps of every client by itself."""
+        single = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in self.plans for i, p in enumerate(ps)}
+        return [single[position] for position in range(len(self))]
+
     def take(self, positions: Sequence[int]) -> Block:
         """The part of the block with the clients at ascending ``positions``."""
         plans = []
@@ -78,6 +83,35 @@ class Outcomes:
     correct: Tensor  # [k]
     seen: list[int]
     factors: Mapping[str, LowRank | None] = field(default_factory=dict)
+
+    @classmethod
+    def of_one(
+        cls,
+        client: int,
+        ends: Tensors,
+        returned: Collection[str],
+        private: Collection[str],
+        memory: Tensors,
+        report: Tensors,
+        loss: Tensor,
+        correct: Tensor,
+        seen: int,
+        factors: Mapping[str, LowRank | None],
+    ) -> Outcomes:
+        """A single client's, from the tensors that it ends with (not a copy of them): ``returned`` are the names that
+        the order asks for, ``loss`` and ``correct`` scalars."""
+        row = lambda tree: {n: v.detach().contiguous().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
+        return cls(
+            clients=[client],
+            shared=row({n: ends[n] for n in returned if factors.get(n) is None}),
+            private=row({n: ends[n] for n in sorted(private)}),
+            memory=row(memory),
+            report=row(report),
+            loss=loss.reshape(1),
+            correct=correct.reshape(1),
+            seen=[seen],
+            factors=factors,
+        )
 
     def one(self, row: int) -> Outcomes:
         """The outcome of one client, as columns of length 1."""
@@ -209,15 +243,14 @@ def run_loop(task: ClientTask, order: Order, block: Block, lr: float, fetch: Fet
     params = {n: named[n] for n in task.trainable}
     stepping = stepper(model, task.plugins, task.optimizer, params, fuse=task.precision != "bf16")
     read = stepping.read(order.shared)
-    plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     try:
-        for position, (client, packed) in enumerate(zip(block.clients, block.states)):
+        for client, packed, plan in zip(block.clients, block.states, block.each_plan()):
             state = packed.unpack(task.device)
             with torch.no_grad():
                 for name, value in {**order.shared, **state.private}.items():
                     if name not in read:
                         named[name].copy_(value)
-            yield _train_one(task, order, client, state.memory, plans[position], stepping, lr, fetch, block)
+            yield _train_one(task, order, client, state.memory, plan, stepping, lr, fetch, block)
     finally:
         stepping.close()
 
@@ -251,16 +284,7 @@ def _train_one(
     with torch.no_grad():
         factors = stepping.finish(block.factors)
         report, memory = task.finish(params, stepping.states, view)
-    current = task.model.state_dict()
-    row = lambda tree: {n: v.detach().contiguous().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
-    return Outcomes(
-        clients=[client],
-        shared=row({n: current[n] for n in order.returned if factors.get(n) is None}),
-        private=row({n: current[n] for n in sorted(task.private)}),
-        memory=row(memory),
-        report=row(report),
-        loss=loss_sum.reshape(1),
-        correct=hits.reshape(1),
-        seen=[plan.seen],
-        factors=factors,
+    ends = task.model.state_dict()
+    return Outcomes.of_one(
+        client, ends, order.returned, task.private, memory, report, loss_sum, hits, plan.seen, factors
     )

@@ -224,14 +224,13 @@ def _clients(task: ClientTask, order: Order, block: Block, wide: Collection[str]
     """The clients of a block before their first step."""
     like = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
     shared = {n: v for n, v in order.shared.items() if n not in wide}
-    plans = {p: BatchPlan(plan.order[i : i + 1], plan.layout) for ps, plan in block.plans for i, p in enumerate(ps)}
     clients = []
-    for place, (number, packed) in enumerate(zip(block.clients, block.states)):
+    for place, (number, packed, plan) in enumerate(zip(block.clients, block.states, block.each_plan())):
         state = packed.unpack(task.device)
         tensors = {n: torch.empty_like(like[n]).copy_(v) for n, v in {**shared, **state.private}.items()}
         trained = {n: tensors[n].requires_grad_() for n in task.trainable if n in tensors}
         nothing = torch.zeros((), dtype=torch.float64), torch.zeros(())
-        clients.append(_Client(place, number, plans[place], state.memory, tensors, trained, *nothing))
+        clients.append(_Client(place, number, plan, state.memory, tensors, trained, *nothing))
     return clients
 
 
@@ -243,15 +242,15 @@ def _outcome(task: ClientTask, order: Order, client: _Client, wide: Sequence[_To
         factors[each.weight] = update if update.bounded else None
         if not update.bounded:
             ends[each.weight] = each.layer.base + update.left.t() @ update.right
-    row = lambda tree: {n: v.detach().contiguous().unsqueeze(0) for n, v in tree.items()}  # noqa: E731
-    return Outcomes(
-        clients=[client.number],
-        shared=row({n: ends[n] for n in order.returned if factors.get(n) is None}),
-        private=row({n: ends[n] for n in sorted(task.private)}),
-        memory=row(client.memory),
-        report={},
-        loss=client.loss.reshape(1),
-        correct=client.correct.reshape(1),
-        seen=[client.plan.seen],
-        factors=factors,
+    return Outcomes.of_one(
+        client.number,
+        ends,
+        order.returned,
+        task.private,
+        client.memory,
+        {},
+        client.loss,
+        client.correct,
+        client.plan.seen,
+        factors,
     )

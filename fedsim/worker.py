@@ -26,7 +26,7 @@ from fedsim.examples import Examples
 from fedsim.fold import Partial, merge
 from fedsim.guard import refuse, refuse_form, refuse_norm, refuse_report, rows_finite
 from fedsim.local import Block, ClientTask, Fetch, Outcomes, run_loop, score
-from fedsim.lockstep import MOST, abreast, goes_in_lockstep, run_lockstep
+from fedsim.lockstep import abreast, goes_in_lockstep, run_lockstep
 from fedsim.optim import learning_rate
 from fedsim.packing import Packed, States, columns, pack
 from fedsim.random import generator, torch_generator
@@ -194,7 +194,6 @@ class Worker:
         self.task = copy.deepcopy(spec.task)
         self.spec = replace(spec, task=self.task)
         self.lends = lends
-        self.most = MOST  # clients in lockstep
         self.device = torch.device(spec.device)
         if self.device.type == "cuda":  # torch by itself lets convolutions use tf32, and products not
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.task.precision == "tf32"
@@ -283,7 +282,7 @@ class Worker:
             free = free_bytes(self.device)
             width = len(block) if free is None else max(1, free // self._client_bytes)
         elif not self.spec.time_limit and goes_in_lockstep(self.task, block):
-            width = min(self.most, abreast(self.task, block, self._kept))
+            width = abreast(self.task, block, self._kept)
         if width >= len(block):
             return [block] if len(block) else []
         count = math.ceil(len(block) / width)
@@ -299,7 +298,7 @@ class Worker:
 
     @cached_property
     def _kept(self) -> int:
-        """Bytes that autograd keeps of a client's forward pass, by a model of images."""
+        """Bytes that autograd keeps of a client's forward pass in lockstep, whose models take no tokens."""
         size = min(self.spec.training.batch_size, int(self.spec.shards.sizes.max()))
         return kept_bytes(self.task, torch.zeros(size, *self.spec.dataset.shape, dtype=self.examples.dtype))
 
