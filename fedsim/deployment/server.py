@@ -137,11 +137,11 @@ def serve(
             return _finished(roster, out)
         roster.gather()
         with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
-            data = stand_in(roster, federation.dataset, Path(folder) / "data")
-            planned = plan(config, data)
-            checkpoints = Checkpoints(out / "checkpoints", planned.config.checkpoint.keep)
-            summary = drive(_remote(planned, roster, checkpoints), planned, writer, debug=debug)
-            _dismiss(roster, list(roster.members.values()))
+            # Its files are open, and need no names: a server that is killed while it trains leaves nothing behind.
+            planned = plan(config, stand_in(roster, federation.dataset, Path(folder) / "data"))
+        checkpoints = Checkpoints(out / "checkpoints", planned.config.checkpoint.keep)
+        summary = drive(_remote(planned, roster, checkpoints), planned, writer, debug=debug)
+        _dismiss(roster, list(roster.members.values()))
         return summary
     finally:
         link.close()

@@ -2,6 +2,7 @@
 back counts again, and the bits are those of an undisturbed run wherever nobody was left out."""
 
 import signal
+import tempfile
 import time
 from dataclasses import replace
 
@@ -84,11 +85,15 @@ def test_all_clients_gone_and_back(deploy, dataset):
 
 
 @pytest.mark.parametrize("moment", ["round 1: train", "round 2: train", "round 3: train"])
-def test_the_server_killed_and_resumed_ends_with_the_undisturbed_bits(deploy, dataset, moment):
+def test_the_server_killed_and_resumed_ends_with_the_undisturbed_bits(deploy, dataset, moment, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     deployment = deploy(algorithm=FEDBN)
     server, clients = deployment.server(), deployment.clients()
     clients[0].until(moment)
     server.kill(signal.SIGKILL)
+    assert not list(temporary.glob("fedsim-*"))
     again = deployment.server()
     assert again.wait() == 0, again.text()
     assert [c.wait() for c in clients] == [0, 0, 0]
