@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedsim import interrupts
+from fedsim import __version__, interrupts
 from fedsim.build import Plan, federation_of, plan, policy_of
 from fedsim.checkpoint import Checkpoints, Snapshot, state_sha256
 from fedsim.config import Config, load_config
@@ -76,8 +76,10 @@ def numerics(planned: Plan) -> dict[str, Any]:
         "odd_block_threads": config.simulation.odd_block_threads,
         "compile": config.simulation.compile,
         "device": "cuda" if config.simulation.gpus_per_worker else "cpu",
+        "fedsim": __version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # wider vectors sum in another order
     }
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.faults.place import CONFIG, write_tree
 
@@ -189,6 +190,19 @@ def test_resume_refuses_other_numerics(config, tmp_path):
     assert "odd_block_threads was 1, is 2" in done.stderr
 
 
+def test_resume_refuses_a_processor_of_other_instructions(config, tmp_path, monkeypatch):
+    here = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    fedsim("run", config(), "--out", tmp_path / "r", "--set", "rounds=1")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    done = fedsim("resume", tmp_path / "r", check=False)
+    if here == "DEFAULT":  # nothing wider to differ by
+        assert done.returncode == 0
+        return
+    assert done.returncode == 2
+    assert f"instructions was 'DEFAULT', is '{here}'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("key", "same"),
     [
@@ -212,7 +226,6 @@ def test_numerics_hold_the_keys_that_change_bits(config, key, same):
 
 
 def test_initial_weights_are_recorded_and_a_resumed_run_wants_the_same_file(config, tmp_path):
-    import torch
     from safetensors.torch import save_file
 
     from fedsim.models import build_model
