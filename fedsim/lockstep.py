@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from fedsim.batches import BatchPlan
 from fedsim.local import Block, ClientTask, Fetch, Outcomes
-from fedsim.stepping import FusedLinear, unseen
+from fedsim.stepping import FusedLinear, gradients, unseen
 from fedsim.types import LowRank, Order, Tensors
 from fedsim.wide import WideLayer, holds
 
@@ -210,9 +210,8 @@ def run_lockstep(task: ClientTask, order: Order, block: Block, lr: float, fetch:
         found = iter(torch.autograd.grad(torch.stack(losses).sum(), asked, allow_unused=True))
         with torch.no_grad():
             for client in active:
-                pairs = zip(client.trained.items(), found)
-                grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
-                if grads:  # a model may be one wide layer
+                if client.trained:  # a model may be one wide layer
+                    grads = gradients(client.trained, found)
                     task.optimizer.step(client.trained, grads, {}, lr, step)
         for each in wide:
             each.layer.end(lr)

@@ -9,7 +9,7 @@ only a sum over clients is wanted, what a client makes of its weight is ever wri
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from functools import partial
 
 import torch
@@ -30,6 +30,11 @@ def transform(
         grads, state = plugin.update(grads, state, params, view)
         after.append(state)
     return grads, after
+
+
+def gradients(params: Tensors, found: Iterable[Tensor | None]) -> Tensors:
+    """What autograd found for ``params`` in turn, by name; zeros where the loss does not depend on a parameter."""
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found)}
 
 
 def project(plugins: tuple[Plugin, ...], params: Tensors, view: View) -> Tensors:
@@ -55,8 +60,7 @@ class WholeGradients:
 
     def step(self, loss: Tensor, view: View, count: int) -> None:
         found = torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
-        grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.params.items(), found)}
-        self._apply(self.params, grads, self.moments, view, count)
+        self._apply(self.params, gradients(self.params, found), self.moments, view, count)
 
     @torch.no_grad()
     def _apply(self, params: Tensors, grads: Tensors, moments: Moments, view: View, count: int) -> None:
@@ -163,8 +167,8 @@ class FusedLinear(WholeGradients):
                 layer.write(1 - view.lr * self._decay)
             elif not holds(layer.base, rows * view.steps) and not view.last:
                 layer.write()
-        grads = {n: torch.zeros_like(p) if (g := found[n]) is None else g for n, p in self._rest.items()}
-        if grads:  # a model may be one wide layer
+        if self._rest:  # a model may be one wide layer
+            grads = gradients(self._rest, map(found.get, self._rest))
             self._apply(self._rest, grads, self.moments, view, count)
 
     def finish(self, wanted: Container[str]) -> dict[str, LowRank | None]:
