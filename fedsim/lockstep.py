@@ -129,13 +129,13 @@ def _wide(task: ClientTask, block: Block) -> list[nn.Linear]:
     params = {n: named[n] for n in task.trainable}
     modules = FusedLinear.layers(task.model, task.plugins, task.optimizer, params)
     shared = {id(named[n]) for n in block.factors if n in named}
-    most = _most(block)
-    fit = (id(m.weight) in shared and holds(m.weight, most) and not _hooked(m) for m in modules)
+    rows = _rows(block)
+    fit = (id(m.weight) in shared and holds(m.weight, rows) and not _hooked(m) for m in modules)
     return modules if all(fit) else []
 
 
-def _most(block: Block) -> int:
-    """Examples that a client of the block takes its steps from."""
+def _rows(block: Block) -> int:
+    """Examples that a client of the block takes its steps from, at most."""
     return max(plan.seen for _, plan in block.plans)
 
 
@@ -179,7 +179,7 @@ def abreast(task: ClientTask, block: Block, kept: int) -> int:
     """
     weights = [module.weight for module in _wide(task, block)]
     own = sum(v.nbytes for v in task.model.state_dict().values()) - sum(w.nbytes for w in weights)
-    factors = sum(_most(block) * sum(w.shape) * w.element_size() for w in weights)
+    factors = sum(_rows(block) * sum(w.shape) * w.element_size() for w in weights)
     return max(1, min(MOST, BYTES // (kept + 2 * own + factors)))  # twice: their gradients
 
 

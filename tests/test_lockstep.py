@@ -35,14 +35,14 @@ def widths(monkeypatch):
     return seen
 
 
-def in_time(worker: Worker) -> None:
-    """Under a limit that nobody reaches, with which clients do not go in lockstep."""
+def one_after_the_other(worker: Worker) -> None:
+    """Not in lockstep, as under any limit of time; nobody reaches this one."""
     worker.spec = replace(worker.spec, time_limit=1e6)
 
 
 def alone(federation):
     """The same federation, whose clients train one after the other."""
-    in_time(federation.federation.pool.worker)
+    one_after_the_other(federation.federation.pool.worker)
     return federation
 
 
@@ -120,7 +120,7 @@ def test_models_of_the_users_own(dataset, widths, make):
         shared, _ = task.initial()
         worker = Worker(replace(federation.spec, task=task))
         if width == 1:
-            in_time(worker)
+            one_after_the_other(worker)
         (order,) = federation.strategy.orders(1, shared)
         result = worker.train(order, [0, 1, 2], [federation.federation.untrained] * 3)
         assert result.failures == []

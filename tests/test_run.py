@@ -225,6 +225,18 @@ def test_numerics_hold_the_keys_that_change_bits(config, key, same):
     assert (plain == other) is same
 
 
+@pytest.mark.parametrize("version", ["fedsim.run.__version__", "torch.__version__"])
+def test_numerics_hold_the_versions(config, monkeypatch, version):
+    from fedsim.build import plan
+    from fedsim.config import load_config
+    from fedsim.run import numerics
+
+    planned = plan(load_config(config()))
+    here = numerics(planned)
+    monkeypatch.setattr(version, "0.0.0")
+    assert numerics(planned) != here
+
+
 def test_initial_weights_are_recorded_and_a_resumed_run_wants_the_same_file(config, tmp_path):
     from safetensors.torch import save_file
 
