@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.fold import Apart, Chain, Partial, gather
+from fedsim.local import ClientTask
 from fedsim.pool import SumLost, WorkerLost
 from fedsim.processes import keep_memory
 from fedsim.ray_session import Session, current
@@ -49,10 +50,11 @@ def _register_tensors() -> None:
 
 
 class _Actor:
-    def __init__(self, spec: WorkerSpec):
+    def __init__(self, task: ClientTask, rest: dict[str, Any]):
+        """The specification in two parts: the worker keeps the rest, and with it all of that object, in the store."""
         keep_memory()
         _register_tensors()
-        self.worker = Worker(spec, lends=True)
+        self.worker = Worker(WorkerSpec(task, **rest), lends=True)
 
     def where(self) -> tuple[str, int]:
         """(node, process)"""
@@ -120,7 +122,7 @@ class RayPool:
         self.retried: list[tuple[int, str]] = []
         self.spec = spec
         self.small = sum(v.nbytes for v in spec.task.model.state_dict().values()) <= SMALL
-        self.sent: Any = None  # the specification in the object store, where it is as large as the model: while needed
+        self.sent: tuple[Any, ...] = ()  # the specification in the object store: while workers start
         self.remote = ray.remote(num_cpus=spec.threads, num_gpus=gpus, max_restarts=0)(_Actor)
         self.apart = workers >= MANY
         # No worker's call: that would wait for the end of its block, and be lost with the worker. Ray repeats these.
@@ -157,8 +159,10 @@ class RayPool:
             self._launch(actor)
 
     def _launch(self, actor: int) -> None:
-        self.sent = self.sent or ray.put(self.spec)
-        self.actors[actor] = self.remote.remote(self.sent)
+        if not self.sent:
+            rest = {f.name: getattr(self.spec, f.name) for f in fields(self.spec) if f.name != "task"}
+            self.sent = ray.put(self.spec.task), ray.put(rest)
+        self.actors[actor] = self.remote.remote(*self.sent)
         self.starting[self.actors[actor].where.remote()] = actor
 
     def _started(self, reference: Any) -> int | None:
@@ -178,7 +182,7 @@ class RayPool:
             return None
         self.stillborn = 0
         if not self.starting:
-            self.sent = None
+            self.sent = ()
         return actor
 
     def _replace(self, actor: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -18,8 +19,16 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from ray._private import services
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._raylet import (  # type: ignore[attr-defined]
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+    persist_port,
+)
 from ray.exceptions import RayError
 
 from fedsim.errors import ConfigError, FedsimError
@@ -34,12 +43,39 @@ SYSTEM = {
 }
 
 
+# Where a node's agents listen: files that they write and the raylet waits for. -1, as Ray's agent writes for a service
+# that it lacks: nowhere.
+PORTS = (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+)
+
+
 class _Head(Node):
-    """A head node without the Python processes that a simulation never talks to: dashboard, autoscaler, log monitor."""
+    """A head node without the Python processes that a simulation never talks to: dashboard, autoscaler, log monitor,
+    and the agents for dashboard and runtime environments, whose start takes a second and which hold 60 MB each."""
 
     def __init__(self, cpus: int):
         options: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False, "_system_config": SYSTEM}
         super().__init__(RayParams(num_cpus=cpus, **options), head=True, shutdown_at_exit=False, spawn_reaper=True)
+
+    def start_raylet(self, *arguments: Any, **options: Any) -> None:
+        """With processes that wait in the agents' place: the raylet wants both, and ends with either."""
+        for name in PORTS:
+            persist_port(self._session_dir, self._node_id, name, -1)
+        start = services.start_ray_process
+
+        def start_without_agents(command: list[str], *rest: Any, **named: Any) -> Any:
+            command = [re.sub("^(--[a-z_]+_agent_command)=.*", r"\1=tail -f /dev/null", word) for word in command]
+            return start(command, *rest, **named)
+
+        services.start_ray_process = start_without_agents
+        try:
+            super().start_raylet(*arguments, **options)
+        finally:
+            services.start_ray_process = start
 
     def start_api_server(self, **_: Any) -> None:
         """Not started: ``ray.init`` would wait a second for it even with ``include_dashboard=False``."""

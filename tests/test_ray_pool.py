@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedsim.checkpoint import state_sha256
 from fedsim.config import load_config
@@ -72,6 +73,26 @@ def pool_for(small: Small, retries: int = 2, limit: float = 0.0):
     POOLS.append(RayPool(small.spec, 2, retries=retries, limit=limit))
     small.federation.pool = POOLS[-1]
     return small.federation.pool
+
+
+def test_the_initial_model_does_not_stay_in_the_store(dataset, ray_session):
+    import ray
+    from ray._private.internal_api import node_stats
+
+    small = Small(dataset)
+    small.task.model.register_buffer("ballast", torch.zeros(1 << 20), persistent=False)
+    ray.wait(list(pool_for(small).starting), num_returns=2)
+    small.run(2)
+    (node,) = ray.nodes()
+
+    def used() -> int:
+        stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+        return stats.store_stats.object_store_bytes_used
+
+    end = time.monotonic() + 30
+    while used() > 1 << 20 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert used() <= 1 << 20
 
 
 def test_a_killed_worker_is_replaced_and_the_block_repeated(dataset, ray_session, tmp_path):
