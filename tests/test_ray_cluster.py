@@ -29,19 +29,20 @@ def test_workers_on_two_nodes_with_half_a_gpu_each_end_with_the_same_bits(datase
     expected = state_sha256(Small(dataset).run(2))
     small = Small(dataset, pool=lambda spec: RayPool(spec, 4, gpus=0.5, address=two_nodes))
     assert state_sha256(small.run(2)) == expected
-    nodes = Counter(ray.get([actor.where.remote() for actor in small.federation.pool.actors])[i][0] for i in range(4))
+    nodes = Counter(node for node, _ in ray.get([a.where.remote() for a in small.federation.pool.workers.actors]))
     assert sorted(nodes.values()) == [2, 2], "one GPU serves two workers"
     small.federation.close()
 
 
 def test_the_sums_of_a_large_model_are_added_on_two_nodes_with_the_same_bits(dataset, two_nodes, monkeypatch):
-    monkeypatch.setattr("fedsim.ray_pool.MANY", 4)
+    monkeypatch.setattr("fedsim.ray_sums.MANY", 4)
     monkeypatch.setattr("fedsim.fold.LARGE", 0)
     monkeypatch.setattr("fedsim.fold.FAN", 2)
     expected = state_sha256(nine(dataset).run(2))
     small = nine(dataset, pool=lambda spec: RayPool(spec, 4, address=two_nodes))
     assert state_sha256(small.run(2)) == expected
-    assert small.federation.pool.adders.keys() <= {(node, 0) for node, _ in small.federation.pool.processes}
+    pool = small.federation.pool
+    assert pool.adders.actors.keys() <= {(node, 0) for node, _ in pool.workers.processes}
     small.federation.close()
 
 

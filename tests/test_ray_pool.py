@@ -81,7 +81,7 @@ def test_the_initial_model_does_not_stay_in_the_store(dataset, ray_session):
 
     small = Small(dataset)
     small.task.model.register_buffer("ballast", torch.zeros(1 << 20), persistent=False)
-    ray.wait(list(pool_for(small).starting), num_returns=2)
+    ray.wait(list(pool_for(small).workers.starting), num_returns=2)
     small.run(2)
     (node,) = ray.nodes()
 
@@ -126,7 +126,7 @@ def test_a_worker_that_hangs_is_replaced_and_the_block_repeated(dataset, ray_ses
     assert state_sha256(small.run(1)) == expected
     ((what, details),) = small.federation.events
     assert (what, len(details["clients"]), details["reason"]) == ("retried", 1, "no result within 6 s")
-    for _, process in pool.processes:
+    for _, process in pool.workers.processes:
         status = Path(f"/proc/{process}/status")
         with suppress(OSError):  # it is gone
             assert "stopped" not in status.read_text(), "nobody is left behind"
@@ -292,7 +292,7 @@ class LosesLast(InProcess):
 @pytest.fixture
 def large(monkeypatch):
     """Every model counts as large, two workers as many, and sums are added two at a time."""
-    monkeypatch.setattr("fedsim.ray_pool.MANY", 2)
+    monkeypatch.setattr("fedsim.ray_sums.MANY", 2)
     monkeypatch.setattr("fedsim.fold.LARGE", 0)
     monkeypatch.setattr("fedsim.fold.FAN", 2)
 
@@ -305,10 +305,10 @@ def large(monkeypatch):
 def test_a_large_models_sums_are_added_apart_with_the_same_bits_though_workers_and_adders_are_killed(
     dataset, ray_session, tmp_path, monkeypatch, large, model, block, begun, sums
 ):
-    from fedsim.ray_pool import RayPool, _Adder
+    from fedsim.ray_sums import Adders, _Adder
 
     expected = state_sha256(nine(dataset, model, block).run(2))
-    killed, taken, take = tmp_path / "killed", [], RayPool._take
+    killed, taken, take = tmp_path / "killed", [], Adders.take
 
     class Killed(_Adder):
         def add(self, *sums):
@@ -317,12 +317,12 @@ def test_a_large_models_sums_are_added_apart_with_the_same_bits_though_workers_a
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().add(*sums)
 
-    def taking(pool, partial):
-        taken.append(take(pool, partial))
+    def taking(adders, partial):
+        taken.append(take(adders, partial))
         return taken[-1]
 
-    monkeypatch.setattr("fedsim.ray_pool._Adder", Killed)
-    monkeypatch.setattr(RayPool, "_take", taking)
+    monkeypatch.setattr("fedsim.ray_sums._Adder", Killed)
+    monkeypatch.setattr(Adders, "take", taking)
     small = nine(dataset, model, block)
     with_plugin(small, KillsLater(tmp_path / "begun", begun))
     pool_for(small)
@@ -346,8 +346,8 @@ def test_sums_that_are_lost_are_made_again_and_a_block_that_kills_every_worker_i
         def add(self, *sums):
             fail()
 
-    monkeypatch.setattr("fedsim.ray_pool._Adder", Failing)
-    monkeypatch.setattr("fedsim.ray_pool.PATIENCE", 15.0)
+    monkeypatch.setattr("fedsim.ray_sums._Adder", Failing)
+    monkeypatch.setattr("fedsim.ray_sums.PATIENCE", 15.0)
     expected, small = nine(dataset, pool=LosesLast), nine(dataset)
     with_plugin(small, KillsLast())
     pool_for(small, retries=1)
