@@ -1,4 +1,4 @@
-"""Ray's own processes, started while the caller goes on. With ``fedsim.ray_pool`` the only module that imports Ray.
+"""Ray's own processes, started while the caller goes on. Of fedsim only the modules ``ray_*`` import Ray.
 
 Starting them takes seconds in which this process has nothing to do for it: time to import torch and to read data.
 """
@@ -6,6 +6,7 @@ Starting them takes seconds in which this process has nothing to do for it: time
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -157,8 +158,12 @@ def _join(address: str) -> None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray sets a handler of SIGTERM that exits with 15; what the signal does is the caller's to say."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Ray sets a handler of SIGTERM that exits with 15, and its C++, without asking Python, one that aborts; what the
+    signal does is the caller's to say. A SIGTERM of the tenths of a second in between does abort: the C++ sets its own
+    early in ``ray.init``, and no thread gets to run just then while another imports torch."""
+    before, library = signal.getsignal(signal.SIGTERM), ctypes.CDLL(None)
+    action = ctypes.create_string_buffer(1024)  # a struct sigaction, of whatever size
+    library.sigaction(signal.SIGTERM, None, action)
     try:
         yield
     except SystemExit:
@@ -166,6 +171,7 @@ def _signals_kept() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():  # nobody else may, nor does Ray then
             signal.signal(signal.SIGTERM, before)
+        library.sigaction(signal.SIGTERM, action, None)
 
 
 def _answers(address: str) -> None:

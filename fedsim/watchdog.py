@@ -1,9 +1,9 @@
 """Ends what a run leaves of the Ray it started, however the run itself ends: by SIGKILL or a crash too.
 
-Ray's own processes notice a dead driver late; its agents look for the lost cluster for minutes. The watchdog is a
-process of its own that blocks on a pipe whose other end only the driver holds, so that the driver's end, of whatever
-kind, is the end of the file. It runs this file as a script: it takes 10 MB, and imports neither torch nor Ray. It is in
-a session of its own, where a Ctrl-C for the run does not reach it. It reads /proc, so it does its work on Linux alone.
+Ray's own processes notice a dead driver late, and what stands in for its agents never. The watchdog is a process of its
+own that blocks on a pipe whose other end only the driver holds, so that the driver's end, of whatever kind, is the end
+of the file. It runs this file as a script: it takes 10 MB, and imports neither torch nor Ray. It is in a session of its
+own, where a Ctrl-C for the run does not reach it. It reads /proc, so it does its work on Linux alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def started(process: int) -> str:
 
 
 def belongs(process: int, mark: str, driver: int) -> bool:
-    """Whether a process has the mark in its environment; or, since Ray writes the titles of its agents and actors over
+    """Whether a process has the mark in its environment; or, since Ray writes the titles of its actors over
     theirs, such a title and a file open in the folder of the driver's session, which is named session_TIME_DRIVER."""
     try:
         with open(f"/proc/{process}/environ", "rb") as file:

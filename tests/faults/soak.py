@@ -70,15 +70,15 @@ def resident(process: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def ray_processes(root: int, kind: bytes = b"ray::") -> list[int]:
-    """Ray's actors and agents among the descendants, or (``ray::_Actor``) the actors alone."""
+def ray_workers(root: int) -> list[int]:
+    """Among the descendants, but for idle ones, which are not told from the others where Ray gives them no titles."""
     found = []
     for process in descendants(root):
         try:
             name = Path(f"/proc/{process}/cmdline").read_bytes()
         except OSError:
             continue
-        if name.startswith(kind) and b"IDLE" not in name:
+        if (name.startswith(b"ray::") or b"default_worker.py" in name) and b"IDLE" not in name:
             found.append(process)
     return found
 
@@ -123,7 +123,7 @@ def soak(folder: Path, rounds: int) -> None:
         line = {
             "round": round,
             "resident": resident(os.getpid()),
-            "ray": sum(map(resident, ray_processes(os.getpid()))),
+            "ray": sum(map(resident, ray_workers(os.getpid()))),
             "files": len(os.listdir("/proc/self/fd")),
             "database": clock.read() / EVERY,
             "round_seconds": (now - before) / EVERY,
