@@ -63,7 +63,7 @@ class RayPool:
         # Ray that others keep going, or one of this pool's own
         self.own = None if current() or ray.is_initialized() else Session(workers * spec.threads)
         try:
-            self._open(workers * spec.threads, workers * gpus, address)
+            self._open(workers * spec.threads, gpus, address)
         except BaseException:  # an interrupt too: nobody has this pool yet to close it
             self.close()
             raise
@@ -73,14 +73,15 @@ class RayPool:
             self.own.start(address)
         if ours := self.own or current():
             ours.wait()
-        have = ray.cluster_resources()
-        if gpus > have.get("GPU", 0) or cpus > have.get("CPU", 0):
+        have, workers = ray.cluster_resources(), len(self.workers)
+        if gpus * workers > have.get("GPU", 0) or cpus > have.get("CPU", 0):
             raise ConfigError(
-                f"simulation: {len(self.workers)} workers need {cpus} CPUs and {gpus:g} GPUs; Ray found"
-                f" {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers, threads or gpus-per-worker"
+                f"simulation: {workers} workers with {gpus} GPUs each need {cpus} CPUs and {gpus * workers:g} GPUs;"
+                f" Ray found {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: lower workers, threads or"
+                " gpus-per-worker"
             )
         register_tensors()
-        for worker in range(len(self.workers)):
+        for worker in range(workers):
             self.workers.launch(worker)
 
     def map(

@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from ray import _raylet
 from ray._private import services
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -156,22 +157,26 @@ def _join(address: str) -> None:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
 
 
+# ray::RayLog::is_failure_signal_handler_installed_
+INSTALLED = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"
+
+
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray sets a handler of SIGTERM that exits with 15, and its C++, without asking Python, one that aborts; what the
-    signal does is the caller's to say. A SIGTERM of the tenths of a second in between does abort: the C++ sets its own
-    early in ``ray.init``, and no thread gets to run just then while another imports torch."""
-    before, library = signal.getsignal(signal.SIGTERM), ctypes.CDLL(None)
-    action = ctypes.create_string_buffer(1024)  # a struct sigaction, of whatever size
-    library.sigaction(signal.SIGTERM, None, action)
+    """What SIGTERM does is the caller's to say. Ray's Python sets a handler that exits with 15, and its C++, without
+    asking Python, one that aborts, unless it has done so already: so it is told that it has. When it ends it resets to
+    the system's default what it believes to have set: so it is told then that it has not."""
+    before = signal.getsignal(signal.SIGTERM)
+    installed = ctypes.c_bool.in_dll(ctypes.CDLL(_raylet.__file__), INSTALLED)
+    installed.value = True
     try:
         yield
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
+        installed.value = False
         if threading.current_thread() is threading.main_thread():  # nobody else may, nor does Ray then
             signal.signal(signal.SIGTERM, before)
-        library.sigaction(signal.SIGTERM, action, None)
 
 
 def _answers(address: str) -> None:

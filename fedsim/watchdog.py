@@ -61,8 +61,8 @@ def started(process: int) -> str:
 
 
 def belongs(process: int, mark: str, driver: int) -> bool:
-    """Whether a process has the mark in its environment; or, since Ray writes the titles of its actors over
-    theirs, such a title and a file open in the folder of the driver's session, which is named session_TIME_DRIVER."""
+    """Whether a process has the mark in its environment; or, since Ray writes the titles of its actors over theirs,
+    such a title and a file open in the folder of the driver's session, which is named session_TIME_DRIVER."""
     try:
         with open(f"/proc/{process}/environ", "rb") as file:
             if f"{MARK}={mark}".encode() in file.read().split(b"\0"):
